@@ -1,0 +1,84 @@
+"""The frozen records through which the stages meet: edges, sites, edits.
+
+A site is an edge of the flat graph (`dropsurgery.capture`), or a node's output for all its users, together
+with the facts that recipes select by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Where in a graph: the output of `node` for all its users, or (with `operand`) one argument of it.
+
+    `operand` is the position of the argument: an index into `node.args`, or a pair (index, index) for an
+    element of a list argument such as `torch.cat([a, b])`.
+    """
+
+    node: fx.Node
+    operand: int | tuple[int, int] | None = None
+
+    @property
+    def source(self) -> fx.Node:
+        """The node whose value travels over this edge."""
+        if self.operand is None:
+            return self.node
+        at: Any = self.node.args
+        for index in self.operand if isinstance(self.operand, tuple) else (self.operand,):
+            at = at[index]
+        if not isinstance(at, fx.Node):
+            raise TypeError(f"operand {self.operand} of {self.node} is {at!r}, not a node")
+        return at
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a regularizer can go, with the facts that recipes select by.
+
+    `id` is `path[#call]:pattern.edge`, stable over captures of the same model: the key of seeds, state and
+    lock files. `shape` is that of the example input; `channel_axis` counts as in it (NCHW: 1, tokens and NHWC: -1).
+    """
+
+    id: str
+    module: str
+    pattern: str
+    edge: str
+    stage: int | None = None
+    reduction: int | None = None
+    depth: float | None = None
+    block: tuple[int, int] | None = None
+    path: str | None = None
+    role: str | None = None
+    shape: tuple[int, ...] = ()
+    channels: int | None = None
+    channel_axis: int | None = None
+    trainable: bool = True
+    owner: str = ""
+    at: Edge | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One regularizer at one site: what `rewrite` carries out."""
+
+    site: Site
+    kind: str
+    regularizer: str
+    p: float
+    schedule: Any
+    entry: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    merged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorFact:
+    """What capture knows of a tensor: its shape and dtype on the example input."""
+
+    shape: tuple[int, ...]
+    dtype: Any
