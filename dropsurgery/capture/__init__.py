@@ -1,0 +1,78 @@
+"""Capture: from a model to graphs that can be trusted, without touching the model.
+
+`capture` records one graph a module, one level deep (`recorder`), inlines them into one flat view to match on
+(`view`), and fills in the facts that recipes select by (`facts`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from dropsurgery.capture.facts import annotate
+from dropsurgery.capture.inputs import Inputs, resolve_inputs
+from dropsurgery.capture.recorder import Leaf, Level, Opaque, record
+from dropsurgery.capture.view import FlatView, flat_view
+from dropsurgery.errors import CaptureError
+
+__all__ = ["Captured", "Leaf", "Level", "Opaque", "capture", "record"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model and what was recorded of it. The model is the user's own object, untouched."""
+
+    model: nn.Module
+    inputs: Inputs
+    root: Level | Opaque | Leaf
+    view: FlatView
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
+    """Record a model in eval mode on an example input.
+
+    Args:
+        model: any module; it is left bit for bit as it was.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; inferred for timm and SMP models.
+
+    Raises:
+        CaptureError: not a module that can be rewritten (compiled, scripted, wrapped for parallel training,
+            already rewritten), no inputs known, or its forward raises on them.
+    """
+    refuse_unfit(model)
+    inputs = resolve_inputs(model, example_inputs)
+    root = record(model, *inputs)
+    view = flat_view(root)
+    annotate(view.graph)
+    return Captured(model, inputs, root, view)
+
+
+def refuse_unfit(model: Any) -> None:
+    """Raise CaptureError for what is no plain tree of modules."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "surgery"):
+        raise CaptureError(
+            f"this {type(model).__name__} is already rewritten: strip it first (dropsurgery.strip), "
+            "or put all entries into one recipe"
+        )
+    for path, module in model.named_modules():
+        where = f"'{path}' is" if path else "the model is"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"{where} scripted (TorchScript), which has no Python forward: apply the recipe first")
+        if isinstance(module, OptimizedModule) or module.__dict__.get("_compiled_call_impl") is not None:
+            raise CaptureError(f"{where} compiled: apply the recipe to the plain model, then torch.compile the result")
+        if _parallel(module):
+            raise CaptureError(
+                f"{where} wrapped for parallel training ({type(module).__name__}): apply the recipe "
+                "to the plain module, then wrap the result"
+            )
+
+
+def _parallel(module: nn.Module) -> bool:
+    kinds = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
+    return any(cls.__name__ in kinds and cls.__module__.startswith("torch.") for cls in type(module).__mro__)

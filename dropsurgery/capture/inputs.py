@@ -1,0 +1,73 @@
+"""Example inputs: what the user gives, put into one form, or what a timm or SMP model says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropsurgery.errors import CaptureError
+
+# Two samples, so that a batch of one is not mistaken for a broadcast.
+_BATCH = 2
+_SMP_SIZE = (224, 224)
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def resolve_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    """The arguments to call a model with.
+
+    Args:
+        model: the model, asked only where nothing is given.
+        example_inputs: a tensor, a tuple or list of positional arguments, a dict of keyword arguments, or None.
+
+    Raises:
+        CaptureError: nothing was given, and the model is neither timm's nor SMP's.
+    """
+    if example_inputs is None:
+        return (_inferred(model),), {}
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    raise CaptureError(
+        f"example_inputs: expected a tensor, a tuple of arguments or a dict of keyword arguments, "
+        f"got {type(example_inputs).__name__}"
+    )
+
+
+def _inferred(model: nn.Module) -> torch.Tensor:
+    size = _timm_size(model) or _smp_size(model)
+    if size is None:
+        raise CaptureError(
+            f"{type(model).__name__} does not say what it takes: give example_inputs, for instance "
+            "example_inputs=torch.empty(2, 3, 224, 224) (only shapes, dtypes and devices count)"
+        )
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    # Expanded from one number: it has the shape without the memory.
+    return torch.zeros((), dtype=weight.dtype, device=weight.device).expand(_BATCH, *size)
+
+
+def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if not isinstance(config, dict) or len(config.get("input_size") or ()) != 3:
+        return None
+    channels, height, width = config["input_size"]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (height, width)
+    return (_first_channels(model) or channels, *size)
+
+
+def _smp_size(model: nn.Module) -> tuple[int, ...] | None:
+    if not type(model).__module__.startswith("segmentation_models_pytorch."):
+        return None
+    return (_first_channels(model) or 3, *_SMP_SIZE)
+
+
+def _first_channels(model: nn.Module) -> int | None:
+    """The channels that the first 2-d convolution takes (a model made with `in_chans` keeps its old config)."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return first.in_channels if first is not None else None

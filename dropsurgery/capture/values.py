@@ -1,0 +1,132 @@
+"""The value of each node on the example input, without computing it: fake tensors, and rules for common layers.
+
+Fake tensors know shape, dtype and device and hold no data. Letting torch propagate them costs a few hundred
+microseconds an op, so the layers that nearly all models are made of have rules of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+# Layers whose output has the shape and dtype of their input, subclasses included.
+_SAME_SHAPE = (_NormBase, _DropoutNd, nn.LayerNorm, nn.GroupNorm, nn.Identity)
+# Elementwise layers, by the class that defines their forward.
+_ELEMENTWISE_FORWARDS = frozenset(
+    cls.forward
+    for cls in (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU)
+)
+_CONV_FORWARDS = frozenset({nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward})
+_BINARY = frozenset(
+    {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, torch.add, torch.mul}
+)
+_UNARY = frozenset(
+    {F.relu, F.relu6, F.silu, F.gelu, F.sigmoid, F.tanh, F.hardswish, F.hardsigmoid, torch.relu, torch.sigmoid}
+)
+
+
+class Values(FakeTensorMode):
+    """A fake-tensor mode that also tells whether an op draws random numbers.
+
+    `drew` is set whenever one of the ops run since it was last cleared is random by its ATen tag; `running` is
+    above zero while torch itself works on values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.drew = False
+        self.running = 0
+        # Under autocast the dtype of a result is not that of its input: the rules do not know.
+        self._by_rule = not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drew = True
+        return super().dispatch(func, types, args, kwargs)
+
+    def like(self, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """A fake tensor of the same dtype and device, of the same or of another shape."""
+        elem = torch.empty(tensor.shape if shape is None else shape, dtype=tensor.dtype, device="meta")
+        return FakeTensor(self, elem, tensor.device)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function on fake values, out of sight of any torch-function mode and of autograd."""
+        self.running += 1
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad(), self:
+                return function(*args, **kwargs)
+        finally:
+            self.running -= 1
+
+    def of_leaf(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The output of a leaf module: by rule where there is one, else by running its forward."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], FakeTensor) and self._by_rule:
+            shape = _leaf_shape(module, tuple(args[0].shape))
+            if shape is not None:
+                with torch._C.DisableTorchFunction():
+                    return self.like(args[0], shape)
+        return self.run(forward, args, kwargs)
+
+    def of_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a function or operator on fake values and numbers."""
+        if not self._by_rule:
+            return self.run(function, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            if function in _UNARY and isinstance(args[0], FakeTensor):
+                return self.like(args[0])
+            if function in _BINARY and len(args) == 2 and all(isinstance(item, FakeTensor) for item in args):
+                left, right = args
+                if left.shape == right.shape and left.dtype == right.dtype:
+                    return self.like(left)
+            if function is torch.cat:
+                joined = _cat_shape(*args, **kwargs)
+                if joined:
+                    return self.like(args[0][0], joined)
+        return self.run(function, args, kwargs)
+
+
+def _cat_shape(tensors: Any, dim: int = 0, **other: Any) -> tuple[int, ...] | None:
+    if other or not all(isinstance(t, FakeTensor) and t.dtype == tensors[0].dtype for t in tensors):
+        return None
+    shapes = [list(tensor.shape) for tensor in tensors]
+    total = sum(shape.pop(dim) for shape in shapes)
+    if any(shape != shapes[0] for shape in shapes):
+        return None
+    rank = len(shapes[0]) + 1
+    shapes[0].insert(dim % rank, total)
+    return tuple(shapes[0])
+
+
+def _leaf_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The output shape of a common layer, None where the layer has to be run to know it."""
+    forward = type(module).forward
+    if isinstance(module, _SAME_SHAPE) or forward in _ELEMENTWISE_FORWARDS:
+        return shape
+    if isinstance(module, _ConvNd) and forward in _CONV_FORWARDS:
+        return _conv_shape(module, shape)
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward and shape[-1] == module.in_features:
+        return (*shape[:-1], module.out_features)
+    return None
+
+
+def _conv_shape(conv: _ConvNd, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    rank = len(conv.kernel_size)
+    if len(shape) != rank + 2 or shape[1] != conv.in_channels or isinstance(conv.padding, str):
+        return None
+    sizes = [
+        math.floor((size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1)
+        for size, pad, dilation, kernel, stride in zip(
+            shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
+        )
+    ]
+    return (shape[0], conv.out_channels, *sizes) if min(sizes) > 0 else None

@@ -1,0 +1,149 @@
+"""The flat view: all levels inlined into one graph, to match on and to take facts from.
+
+Every node knows where it lives: `meta` holds `owner` (path of the innermost module whose forward holds it),
+`path` and `call` (its stable name), `level_node` (the node of the owner's own graph), `module` (of a leaf),
+`value` (shapes and dtypes on the example input) and `identity` (a stochastic layer that is silent in eval).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from dropsurgery.capture.recorder import Leaf, Level, Opaque, map_tree
+from dropsurgery.records import TensorFact
+
+Call = Level | Opaque | Leaf
+
+
+@dataclass(frozen=True)
+class FlatView:
+    """One graph of the whole model. `levels` holds every recorded level by the path of its module."""
+
+    graph: fx.Graph
+    levels: dict[str, list[Level]]
+    opaque: tuple[Opaque, ...]
+
+
+def flat_view(root: Call) -> FlatView:
+    """Inline all levels of a recorded call."""
+    builder = _Builder()
+    builder.top(root)
+    builder.graph.lint()
+    return FlatView(builder.graph, builder.levels, tuple(builder.opaque))
+
+
+def fact_of(value: Any) -> Any:
+    """The value of a node as plain facts: `TensorFact` for tensors, through containers."""
+    return map_tree(value, lambda v: TensorFact(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.levels: dict[str, list[Level]] = {}
+        self.opaque: list[Opaque] = []
+        self._result: Any = None
+
+    def top(self, call: Call) -> None:
+        """The root, or a component: a child that an opaque module called."""
+        if isinstance(call, Level):
+            inputs = {}
+            for node in call.graph.find_nodes(op="placeholder"):
+                inputs[node] = self._copy(node, "placeholder", node.target.lstrip("*"), (), {}, call.path)
+                inputs[node].meta["component"] = call.path
+            result = self._inline(call, inputs)
+        else:
+            node = self.graph.placeholder(f"input_of_{call.path.replace('.', '_') or 'root'}")
+            node.meta.update(owner=call.path, path=call.path, call=0, value=None, component=call.path)
+            result = self._call(call, None, "", (node,), {})
+        if self._result is None:
+            self._result = result
+            self.graph.output(result)
+
+    def _inline(self, level: Level, env: dict[fx.Node, Any]) -> Any:
+        """Copy a level's nodes; `env` maps its nodes to nodes (or containers of nodes) of the flat graph."""
+        self.levels.setdefault(level.path, []).append(level)
+        names: Counter[str] = Counter()
+        result = None
+        for node in level.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            args, kwargs = _resolve(node.args, env), _resolve(node.kwargs, env)
+            if node.op == "output":
+                result = args[0]
+            elif node.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
+                env[node] = args[0][args[1]]
+            elif node.op == "call_module":
+                env[node] = self._call(level.children[node], node, level.path, args, kwargs)
+                self._name(env[node], names)
+            else:
+                target = f"{level.path}.{node.target}".lstrip(".") if node.op == "get_attr" else node.target
+                env[node] = self._copy(node, node.op, target, args, kwargs, level.path)
+                self._name(env[node], names)
+        return result
+
+    def _call(self, call: Call, node: fx.Node | None, owner: str, args: Any, kwargs: Any) -> Any:
+        if isinstance(call, Level) and not _silent(call):
+            return self._inline(call, _bind(call, args, kwargs))
+        made = self._copy(node, "call_module", call.path, args, kwargs, owner)
+        made.meta.update(path=call.path, module=call.module)
+        if isinstance(call, Level) or isinstance(call.module, (_DropoutNd, nn.Identity)):
+            made.meta["identity"] = True
+        if isinstance(call, Opaque):
+            made.meta["opaque"] = True
+            self.opaque.append(call)
+            for component in call.components:
+                self.top(component)
+        return made
+
+    def _copy(self, node: fx.Node | None, op: str, target: Any, args: Any, kwargs: Any, owner: str) -> fx.Node:
+        made = self.graph.create_node(op, target, tuple(args), dict(kwargs))
+        name = str(target) if isinstance(target, str) else getattr(target, "__name__", str(target))
+        made.meta.update(owner=owner, path=name if op == "get_attr" else f"{owner}.{name}".lstrip("."), call=0)
+        if node is not None:
+            made.meta.update(level_node=node, value=fact_of(node.meta.get("value")))
+            if "random" in node.meta:
+                made.meta["random"] = True
+        return made
+
+    @staticmethod
+    def _name(made: Any, names: Counter[str]) -> None:
+        """Number the nodes of one name within their owner."""
+        if isinstance(made, fx.Node):
+            made.meta["call"] = names[made.meta["path"]]
+            names[made.meta["path"]] += 1
+
+
+def _silent(level: Level) -> bool:
+    """Whether a module does nothing but hand its input on in eval, and looks at its mode: a stochastic layer."""
+    (output,) = level.graph.find_nodes(op="output")
+    first = next(iter(level.graph.nodes))
+    return level.reads_training and output.args[0] is first and first.op == "placeholder"
+
+
+def _resolve(tree: Any, env: dict[fx.Node, Any]) -> Any:
+    return map_tree(tree, lambda item: env[item] if isinstance(item, fx.Node) else item)
+
+
+def _bind(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[fx.Node, Any]:
+    """What each placeholder of a level stands for in a call with these arguments."""
+    env: dict[fx.Node, Any] = {}
+    left, named = list(args), dict(kwargs)
+    for node in level.graph.find_nodes(op="placeholder"):
+        name = str(node.target)
+        if name.startswith("**"):
+            env[node] = named
+        elif name.startswith("*"):
+            env[node], left = tuple(left), []
+        elif left:
+            env[node] = left.pop(0)
+        else:
+            env[node] = named.pop(name, node.args[0] if node.args else None)
+    return env
