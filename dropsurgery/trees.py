@@ -24,7 +24,7 @@ Make = Callable[[nn.Module], nn.Module]
 
 def bare(module: nn.Module) -> nn.Module:
     """A new, empty instance of the module's own class, made without running any constructor."""
-    empty: nn.Module = object.__new__(type(module))
+    empty: nn.Module = object.__new__(own_class(module))
     return empty
 
 
@@ -82,3 +82,17 @@ def paths_of(root: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     for path, module in root.named_modules(remove_duplicate=False):
         found[module] = (*found.get(module, ()), path)
     return found
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the user wrote: a rewritten module's class says which one it stands for."""
+    own: type[nn.Module] = getattr(type(module), "_own_class", type(module))
+    return own
+
+
+def attribute_at(module: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from dropsurgery.capture.traced import OPERATORS, Traced, TracedSize, Untraceable
 from dropsurgery.capture.values import Values
 from dropsurgery.errors import CaptureError
-from dropsurgery.trees import HOOKS, copy_tree, paths_of
+from dropsurgery.trees import HOOKS, copy_tree, own_class, paths_of
 
 # Kinds whose subclasses are one operation to a reader, whatever their forward does inside.
 _ATOMS = (_ConvNd, _NormBase, _DropoutNd, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.RNNBase)
@@ -45,12 +45,21 @@ class ModelFailed(Exception):
     """The model's own forward raised on plain values: its error is the cause."""
 
 
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """Something that Python decided on while recording: the graph holds where `node` has this value again."""
+
+    node: fx.Node
+    value: Any
+    reason: str
+
+
 @dataclass(eq=False)
 class Level:
     """One forward of one module as a graph one level deep, and all that it took for granted.
 
-    `module` is the module of the model given. `guards` says in words what Python decided from the example's
-    sizes, dtypes or devices: where there are any, the graph holds for inputs of the same signature only.
+    `module` is the module of the model given. `guards` are what Python decided from the example's sizes, dtypes
+    or devices: where there are any, the graph holds for inputs of the same signature only.
     `reads` are the plain attributes that were read, `children` what each `call_module` node calls, `regions`
     the activation checkpoints (a node's `meta["region"]` is an index into them).
     """
@@ -59,7 +68,7 @@ class Level:
     path: str
     graph: fx.Graph
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    guards: list[str] = field(default_factory=list)
+    guards: list[Guard] = field(default_factory=list)
     guarded_tensors: list[str] = field(default_factory=list)
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     children: dict[fx.Node, Level | Opaque | Leaf] = field(default_factory=dict)
@@ -95,7 +104,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one operation: torch's own layers and every subclass of a weighted one."""
     if isinstance(module, _ATOMS):
         return True
-    home = next((cls for cls in type(module).__mro__ if "forward" in vars(cls)), nn.Module)
+    home = next((cls for cls in own_class(module).__mro__ if "forward" in vars(cls)), nn.Module)
     return home.__module__.startswith("torch.nn.") and not home.__module__.startswith(_ARRANGERS)
 
 
@@ -110,32 +119,38 @@ class Frame:
         self.level = Level(recorder.original[probe], path, self.graph, ((), {}))
         self._shapes: dict[fx.Node, TracedSize] = {}
         self._attributes: dict[str, Traced] = {}
-        self._index_guards: list[tuple[FrameType, int, str]] = []
+        self._index_guards: list[tuple[FrameType, int, fx.Node, int]] = []
         self._in_region = False
 
     # -- guards -----------------------------------------------------------------------------------------------
-    def guard(self, reason: str) -> None:
-        if reason not in self.level.guards:
-            self.level.guards.append(reason)
+    def guard(self, node: fx.Node, value: Any, how: str) -> None:
+        """Note that Python went by the value of a node."""
+        if all(guard.node is not node for guard in self.level.guards):
+            self.level.guards.append(Guard(node, value, f"{how} of {node.name} is {value!r}"))
 
-    def tensor_guard(self, node: fx.Node, name: str) -> None:
-        """Python asked for the dtype, device or grad flag of a tensor."""
+    def environment_guard(self, question: Callable[..., bool], args: tuple[Any, ...], answer: bool) -> None:
+        """Note that Python asked torch for a global state."""
+        self.guard(self.graph.call_function(question, args), answer, question.__name__)
+
+    def tensor_guard(self, node: fx.Node, name: str, value: Any) -> None:
+        """Note that Python asked for the dtype, device or grad flag of a tensor."""
         if name == "requires_grad" and node.op not in {"placeholder", "get_attr"} and not _is_input(node):
             raise Untraceable("asks whether an intermediate result requires gradients")
         if node.op == "get_attr" and node.target not in self.level.guarded_tensors:
             self.level.guarded_tensors.append(str(node.target))
-        self.guard(f"{name} of {node.name}")
+        self.guard(self.graph.call_function(getattr, (node, name)), value, name)
 
-    def index_guard(self, caller: FrameType, reason: str) -> None:
-        self._index_guards.append((caller, caller.f_lasti, reason))
+    def index_guard(self, caller: FrameType, node: fx.Node, value: int) -> None:
+        self._index_guards.append((caller, caller.f_lasti, node, value))
 
     def _parsed(self, caller: FrameType) -> None:
         """Forget the numbers that torch's argument parser looked at for the call that is being recorded."""
-        self._index_guards = [g for g in self._index_guards if (g[0], g[1]) != (caller, caller.f_lasti)]
+        self._index_guards = [g for g in self._index_guards if g[:2] != (caller, caller.f_lasti)]
 
     def settle(self) -> None:
-        for _, _, reason in self._index_guards:
-            self.guard(reason)
+        """The numbers that Python took for itself are guards."""
+        for _, _, node, value in self._index_guards:
+            self.guard(node, value, "the number")
         self._index_guards.clear()
 
     # -- activation checkpoints ---------------------------------------------------------------------------------
@@ -183,6 +198,13 @@ class Frame:
         return self._record(
             "call_method", name, args, kwargs, lambda a, k: values.run(getattr(a[0], name), a[1:], k)
         )
+
+    def guarded_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a method from the example, and note it."""
+        answer = self.recorder.values.run(getattr(args[0]._value, name), *self.to_values((args[1:], kwargs)))
+        node = self.graph.call_method(name, *self.to_nodes((args, kwargs)))
+        self.guard(node, answer, f"{name}()")
+        return answer
 
     def _record(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Callable[..., Any]
@@ -366,7 +388,7 @@ class Recorder(TorchFunctionMode):
         if _structure((traced_args, traced_kwargs)) != before:
             raise Untraceable("changes a list or dict that was given to it")
         frame.graph.output(frame.to_nodes(result))
-        _drop_unused(frame.graph)
+        _drop_unused(frame.graph, {guard.node for guard in frame.level.guards})
         frame.level.output = frame.to_values(result)
         return frame.level.output
 
@@ -485,10 +507,9 @@ def _structure(tree: Any) -> Any:
 _UNPACKING = (operator.getitem, getattr)
 
 
-def _drop_unused(graph: fx.Graph) -> None:
+def _drop_unused(graph: fx.Graph, kept: set[fx.Node]) -> None:
     for node in reversed(list(graph.nodes)):
-        unused = not node.users and (node.op == "get_attr" or node.target in _UNPACKING)
-        if unused:
+        if not node.users and node not in kept and (node.op == "get_attr" or node.target in _UNPACKING):
             graph.erase_node(node)
 
 
@@ -521,7 +542,7 @@ def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _probe(module: nn.Module) -> nn.Module:
-    probe: nn.Module = object.__new__(_probe_class(type(module)))
+    probe: nn.Module = object.__new__(_probe_class(own_class(module)))
     return probe
 
 
@@ -592,11 +613,11 @@ def _watched(recorder: Recorder) -> Iterator[None]:
         mine = threading.get_ident() == thread and recorder.frames and not recorder.values.running
         return recorder.frames[-1] if mine else None
 
-    def ask(question: Callable[..., bool], name: str) -> Callable[..., bool]:
+    def ask(question: Callable[..., bool]) -> Callable[..., bool]:
         def answer(*args: Any) -> bool:
             asked = frame()
             if asked:
-                asked.guard(f"torch.{name}()")
+                asked.environment_guard(question, args, question(*args))
             return question(*args)
 
         return answer
@@ -628,7 +649,7 @@ def _watched(recorder: Recorder) -> Iterator[None]:
     with (
         mock.patch.object(home, "CheckpointFunction", Reentrant),
         mock.patch.object(home, "_checkpoint_without_reentrant_generator", generator),
-        mock.patch.object(torch, "is_autocast_enabled", ask(torch.is_autocast_enabled, "is_autocast_enabled")),
-        mock.patch.object(torch, "is_grad_enabled", ask(torch.is_grad_enabled, "is_grad_enabled")),
+        mock.patch.object(torch, "is_autocast_enabled", ask(torch.is_autocast_enabled)),
+        mock.patch.object(torch, "is_grad_enabled", ask(torch.is_grad_enabled)),
     ):
         yield

@@ -73,8 +73,9 @@ class Traced:
         if name in _STRUCTURE:
             return getattr(value, name)
         if name in _GUARDED:
-            self._frame.tensor_guard(self._node, name)
-            return getattr(value, name)
+            known = getattr(value, name)
+            self._frame.tensor_guard(self._node, name, known)
+            return known
         if name in _DATA:
             raise Untraceable(f".{name}() needs the data of a tensor")
         if name in _ALIASES:
@@ -92,8 +93,7 @@ class Traced:
             if name in {"dim", "ndimension"}:
                 return self._value.dim()
             if name in _GUARDED_CALLS:
-                self._frame.guard(f"{name}() of {self._node.name}")
-                return getattr(self._value, name)(*args, **kwargs)
+                return self._frame.guarded_method(name, (self, *args), kwargs)
             return self._frame.call_method(name, (self, *args), kwargs)
 
         return method
@@ -105,7 +105,7 @@ class Traced:
     def _known(self, how: str) -> Any:
         if isinstance(self._value, torch.Tensor):
             raise Untraceable(f"{how} needs the data of a tensor")
-        self._frame.guard(f"{how} of {self._node.name} = {self._value!r}")
+        self._frame.guard(self._node, self._value, how)
         return self._value
 
     def __bool__(self) -> bool:
@@ -122,7 +122,7 @@ class Traced:
         caller = sys._getframe(1)
         if isinstance(self._value, torch.Tensor) or not isinstance(self._value, int):
             raise TypeError(f"{type(self._value).__name__} cannot be interpreted as an integer")
-        self._frame.index_guard(caller, f"the number {self._node.name} = {self._value!r}")
+        self._frame.index_guard(caller, self._node, self._value)
         return self._value
 
     def __str__(self) -> str:
@@ -135,8 +135,9 @@ class Traced:
         return id(self)
 
     def __len__(self) -> int:
-        self._frame.guard(f"len() of {self._node.name}")
-        return len(self._value)
+        first = self._frame.shape_of(self)[0]
+        self._frame.guard(first._node, first._value, "len()")
+        return int(first._value)
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self[index] for index in range(len(self))])

@@ -1,0 +1,1 @@
+"""Surgery on existing networks: match patterns, insert regularizers, strip them again."""

@@ -1,0 +1,95 @@
+"""Facts on the nodes of a flat graph, by dataflow alone: no name of a module or class of a model is read.
+
+`annotate` fills into each node's `meta` what recipes select by. How each is told: `spaces.py` (channels, reduction),
+`joins.py` (residual joins, branch and shortcut), `roles.py` (backbone, decoder …), `stages.py` (stage, block, depth).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from dropsurgery.capture.dataflow import Dataflow, shape_of
+from dropsurgery.capture.joins import Join, find_joins
+from dropsurgery.capture.roles import find_roles
+from dropsurgery.capture.spaces import Space, find_spaces, main_input
+from dropsurgery.capture.stages import find_places
+
+__all__ = ["Join", "annotate"]
+
+_NOTHING: dict[str, Any] = {
+    "stage": None,
+    "reduction": None,
+    "depth": None,
+    "block": None,
+    "flow": "trunk",
+    "role": None,
+    "channel_axis": None,
+    "channels": None,
+    "trainable": True,
+}
+
+
+def annotate(graph: fx.Graph) -> None:
+    """Write the facts into each node's `meta`.
+
+    - `stage`: resolution stage of the backbone, 0 the stem; None in isotropic nets, decoders and heads.
+    - `reduction`: input size / feature size, rounded; None where nothing is known of a map.
+    - `depth` in [0, 1]: position of the residual block (or, where there is none, of the owner) among all.
+    - `block`: (index, count) of the residual block; None outside of blocks.
+    - `flow`: "branch", "shortcut" (both between a residual join and its fork) or "trunk".
+    - `role`: backbone, encoder, decoder, skip, head; None for nodes that do not carry the input's data.
+    - `channel_axis` (NCHW 1, NHWC and tokens -1) and `channels`; None where unknown.
+    - `trainable`: whether the latest parameters on the way to the node require gradients.
+    - `join`: a `Join`, on residual additions only; `no_join`: the reason, on all other additions.
+    """
+    for node in graph.nodes:
+        node.meta.update(_NOTHING)
+    flow = Dataflow(graph)
+    spaces = find_spaces(flow)
+    regions, refused = find_joins(flow)
+    roles = find_roles(flow, spaces)
+    body = [node for node in flow.order if roles[node] in ("backbone", "encoder")]
+    for node, place in find_places(flow, spaces, regions, body).items():
+        node.meta.update(stage=place.stage, depth=place.depth, block=place.block)
+    for node in flow.order:
+        node.meta.update(role=roles[node], trainable=_trainable(flow, node), **_channels(node, spaces[node]))
+    for region in regions:
+        if roles[region.node] == "head":
+            refused[region.node] = "add merges two heads, after the map is given up"
+            continue
+        region.node.meta["join"] = region.join
+        for side, name in ((region.branch, "branch"), (region.shortcut, "shortcut")):
+            for node in side:
+                if node.meta["flow"] == "trunk":  # inner joins come first, and their word stands
+                    node.meta["flow"] = name
+    for node, reason in refused.items():
+        node.meta["no_join"] = reason
+    _spread_depth([node for node in flow.order if node.meta["depth"] is None])
+
+
+def _channels(node: fx.Node, space: Space) -> dict[str, Any]:
+    shape = shape_of(node)
+    facts: dict[str, Any] = {"reduction": max(1, round(space.reduction)) if space.size else None}
+    if shape is not None and space.axis is not None and space.axis in (1, len(shape) - 1):
+        facts["channels"] = shape[space.axis]
+        facts["channel_axis"] = 1 if space.axis == 1 and len(shape) != 2 else -1
+    return facts
+
+
+def _trainable(flow: Dataflow, node: fx.Node) -> bool:
+    module = node.meta.get("module")
+    parameters = list(module.parameters()) if module is not None else []
+    if parameters:
+        return any(parameter.requires_grad for parameter in parameters)
+    inputs = flow.inputs[node]
+    return bool(main_input(node, inputs).meta["trainable"]) if inputs else True
+
+
+def _spread_depth(nodes: list[fx.Node]) -> None:
+    """Depth of nodes that no residual block tells it of: the position of their owner among the owners."""
+    owners = list(dict.fromkeys(node.meta["owner"] for node in nodes))
+    positions = {owner: index / max(1, len(owners) - 1) for index, owner in enumerate(owners)}
+    for node in nodes:
+        node.meta["depth"] = positions[node.meta["owner"]]

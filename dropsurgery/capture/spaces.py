@@ -1,0 +1,144 @@
+"""Where the channels are, and how much smaller than the input a feature is, followed from operation to operation.
+
+Sizes are followed, not guessed from one shape: windows, heads and tokens keep the size of the map they came from,
+and each halving counts as 2 also where odd sizes round (7 to 4), so that small images give the same facts.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from dropsurgery.capture.dataflow import Dataflow, shape_of
+from dropsurgery.kinds import kind_of, kinds_of
+
+_ATTENTION = {operator.matmul, torch.matmul, torch.bmm, F.scaled_dot_product_attention, "matmul", "bmm"}
+_RESHAPES = {torch.reshape, torch.flatten, "reshape", "view", "flatten", "unflatten", "contiguous"}
+_PERMUTES = {torch.permute, "permute"}
+_SWAPS = {torch.transpose, torch.swapaxes, "transpose", "swapaxes", "swapdims"}
+
+
+@dataclass(frozen=True)
+class Space:
+    """Facts of one tensor.
+
+    `axis`: index of the channels, None if unknown. `size`: extents of the map that it is or came from.
+    `reduction`: input size / feature size. `level`: halvings on the way, global pooling not counted.
+    `collapsed`: the map is gone for good (pooled to one number a channel, or one token selected).
+    """
+
+    axis: int | None
+    size: tuple[int, ...] | None
+    reduction: float
+    level: int
+    collapsed: bool = False
+
+
+def find_spaces(flow: Dataflow) -> dict[fx.Node, Space]:
+    """The space of every node of the dataflow."""
+    spaces: dict[fx.Node, Space] = {}
+    root: fx.Node | None = None
+    for node in flow.order:
+        if node.op == "placeholder":
+            root = root or node
+            spaces[node] = _of_input(node, root)
+        else:
+            assert root is not None
+            spaces[node] = _follow(node, flow.inputs[node], spaces, shape_of(root) or ())
+    return spaces
+
+
+def main_input(node: fx.Node, inputs: list[fx.Node]) -> fx.Node:
+    """The input whose map a node goes on with: the query of an attention, else the largest (not a gate)."""
+    if node.target in _ATTENTION or isinstance(node.meta.get("module"), nn.MultiheadAttention):
+        return inputs[0]
+    return max(inputs, key=lambda source: math.prod(shape_of(source) or ()))
+
+
+def _of_input(node: fx.Node, root: fx.Node) -> Space:
+    shape, whole = shape_of(node) or (), shape_of(root) or ()
+    if len(shape) < 3:
+        return Space(len(shape) - 1 if len(shape) == 2 else None, None, 1.0, 0)
+    shrunk = max(1.0, whole[-1] / shape[-1]) if len(whole) == len(shape) else 1.0  # a part inside an opaque module
+    return Space(1, shape[2:], shrunk, round(math.log2(shrunk)))
+
+
+def _follow(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space], whole: tuple[int, ...]) -> Space:
+    source = main_input(node, inputs)
+    before, shape = spaces[source], shape_of(node)
+    gone = all(spaces[each].collapsed for each in inputs)
+    if shape is None:
+        return replace(before, collapsed=gone)
+    axis = _axis(node, before.axis, shape_of(source), shape)
+    space = replace(before, axis=axis, collapsed=gone or len(shape) <= 2)
+    pools = any(kind in ("reduction", "adaptive_pool") for kind in kinds_of(node))
+    if len(shape) == 3 and len(whole) == 4 and pools and axis is not None and shape[3 - axis] == 1:
+        return replace(space, collapsed=True)
+    if len(shape) != len(whole) or len(shape) < 3 or axis not in (1, len(shape) - 1) or shape[0] != whole[0]:
+        return space
+    size = tuple(extent for index, extent in enumerate(shape) if index not in (0, axis))
+    return _resize(node, space, size, pools)
+
+
+def _resize(node: fx.Node, space: Space, size: tuple[int, ...], pools: bool) -> Space:
+    """Account for a map of another size than before."""
+    before = space.size or size
+    down = max(old / new for old, new in zip(before, size, strict=True))
+    up = max(new / old for old, new in zip(before, size, strict=True))
+    if down >= 1.5 and up >= 1.5:
+        return space  # tokens by heads, not a map
+    pooled = all(extent == 1 for extent in size)
+    # A convolution over the whole map is the first fully connected layer of older nets.
+    pools = pools or (pooled and kind_of(node) == "conv" and space.level > 0 and down > 4)
+    space = replace(space, size=size, collapsed=space.collapsed or (pools and pooled))
+    if down >= 1.5:
+        halvings = 0 if pools else round(math.log2(round(down)))
+        return replace(space, reduction=space.reduction * round(down), level=space.level + halvings)
+    if up >= 1.5:
+        doublings = 0 if kind_of(node) == "mul" else round(math.log2(round(up)))
+        return replace(space, reduction=space.reduction / round(up), level=space.level - doublings)
+    return space
+
+
+def _axis(node: fx.Node, axis: int | None, old: tuple[int, ...] | None, new: tuple[int, ...]) -> int | None:
+    kind, last = kind_of(node), len(new) - 1
+    if kind in ("conv", "conv_transpose"):
+        return 1 if len(new) > 2 else None
+    if kind == "linear" or isinstance(node.meta.get("module"), nn.Embedding):
+        return last
+    if axis is None or old is None:
+        return last if kind == "norm" and "layer_norm" in kinds_of(node) else None
+    order = _permutation(node, len(new))
+    if order is not None:
+        return order.index(axis)
+    if node.target in _RESHAPES:
+        return _axis_after_reshape(axis, old, new)
+    if len(old) == len(new):
+        return axis
+    return last if axis == len(old) - 1 else axis if axis <= last else None
+
+
+def _axis_after_reshape(axis: int, old: tuple[int, ...], new: tuple[int, ...]) -> int | None:
+    channels, last = old[axis], len(new) - 1
+    candidates = (last, 1) if axis == len(old) - 1 else (1, last)
+    return next((at for at in candidates if 0 < at <= last and new[at] == channels), None)
+
+
+def _permutation(node: fx.Node, rank: int) -> list[int] | None:
+    """Which old axis each new axis is, for nodes that only reorder axes; None for others or unknown orders."""
+    given: Any = node.args[1:]
+    if node.target in _PERMUTES:
+        order = node.kwargs.get("dims", given[0] if given and isinstance(given[0], (tuple, list)) else given)
+        return [int(axis) % rank for axis in order]  # type: ignore[union-attr, arg-type]
+    if node.target in _SWAPS and len(given) == 2:
+        order = list(range(rank))
+        first, second = given
+        order[first], order[second] = order[second], order[first]
+        return order
+    return None

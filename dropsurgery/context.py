@@ -1,0 +1,84 @@
+"""What the regularizers of one model share: the step, the seed, and random numbers keyed by both.
+
+With a seed, the numbers of a draw depend on (seed, site, step, how many forwards the site has had in this step)
+and on nothing else: sites are independent of each other and of whatever else draws numbers. Without one, torch's
+global generator is used, as by any layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_handles = itertools.count()
+_contexts: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictionary()
+
+
+class Context:
+    """Step, seed and keyed random numbers of one model; `seed` None leaves all to torch's global generator."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+        self._step = 0
+        self._forwards: dict[str, int] = {}
+        self._keys: dict[tuple[str, int], int] = {}
+        self._register()
+
+    @property
+    def step(self) -> int:
+        """The step that the clock is at; to set it starts the count of forwards anew."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        self._forwards.clear()
+        self._keys.clear()
+
+    def key(self, site_id: str) -> Tensor | None:
+        """Return the key of the next draw at `site_id`, a 0-dim int64 tensor on the CPU; None without a seed."""
+        if self.seed is None:
+            return None
+        return torch.ops.dropsurgery.key(self._handle, site_id)
+
+    def _next(self, site_id: str) -> int:
+        # Activation checkpointing runs a forward again inside backward and must meet the same numbers. It puts
+        # torch's global generator back to where it was, so that a number drawn from there tells which forward
+        # is being repeated; where it does not (preserve_rng_state=False), the last one is taken to be.
+        mark = int(torch.empty((), dtype=torch.int64).random_())
+        repeated = torch._C._current_graph_task_id() != -1
+        if repeated and (site_id, mark) in self._keys:
+            return self._keys[site_id, mark]
+        index = max(0, self._forwards.get(site_id, 0) - repeated)
+        self._forwards[site_id] = index + 1
+        name = f"{self.seed}|{self._step}|{index}|{site_id}"
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "little")
+        self._keys[site_id, mark] = key
+        return key
+
+    def _register(self) -> None:
+        self._handle = next(_handles)
+        _contexts[self._handle] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"seed": self.seed, "_step": self._step, "_forwards": dict(self._forwards), "_keys": dict(self._keys)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+
+# An operator, so that a compiled model can ask for keys; by a handle, so that nothing in its graph changes by step.
+@torch.library.custom_op("dropsurgery::key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _key(handle: int, site_id: str) -> Tensor:
+    return torch.tensor(_contexts[handle]._next(site_id))
+
+
+@_key.register_fake
+def _(handle: int, site_id: str) -> Tensor:
+    return torch.empty((), dtype=torch.int64)

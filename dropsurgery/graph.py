@@ -1,0 +1,118 @@
+"""The only place that changes an fx graph: insert after a node, insert on one edge, carve out a region.
+
+    y = f(x); g(y); h(y)      insert_after(f)       y = f(x); z = new(y); g(z); h(z)
+    y = f(x); g(y); h(y)      insert_on(g, 0)       y = f(x); z = new(y); g(z); h(y)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import fx, nn
+
+LocalName = tuple[str, int]
+"""How a node is called within its graph, over captures: what it calls, and which such call it is."""
+
+_INPLACE_FUNCTIONS = frozenset(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv"))
+
+
+def local_names(graph: fx.Graph) -> dict[LocalName, fx.Node]:
+    """Every node of a graph by its stable name."""
+    counts: Counter[str] = Counter()
+    names: dict[LocalName, fx.Node] = {}
+    for node in graph.nodes:
+        called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        names[called, counts[called]] = node
+        counts[called] += 1
+    return names
+
+
+def local_name(node: fx.Node) -> LocalName:
+    """The stable name of one node."""
+    return next(name for name, other in local_names(node.graph).items() if other is node)
+
+
+def insert_after(node: fx.Node, target: str, *, module_of: Callable[[str], nn.Module]) -> fx.Node:
+    """Call a module on the output of a node, for all its users.
+
+    Where the node works in place, whoever reads the changed tensor under its old name later is a user too.
+    """
+    aliases = _aliases(node, module_of)
+    with node.graph.inserting_after(node):
+        made = node.graph.call_module(target, (node,))
+    for alias in (node, *aliases):
+        for user in list(alias.users):
+            if user is not made and node < user:
+                user.replace_input_with(alias, made)
+    return made
+
+
+def insert_on(node: fx.Node, operand: int | tuple[int, int], target: str) -> fx.Node:
+    """Call a module on one argument of a node; all other users of that value keep it as it is."""
+    outer, inner = operand if isinstance(operand, tuple) else (operand, None)
+    argument: Any = node.args[outer]
+    source = argument if inner is None else argument[inner]
+    with node.graph.inserting_before(node):
+        made = node.graph.call_module(target, (source,))
+    replaced = made if inner is None else [*argument[:inner], made, *argument[inner + 1 :]]
+    node.update_arg(outer, replaced)
+    return made
+
+
+def _aliases(node: fx.Node, module_of: Callable[[str], nn.Module]) -> list[fx.Node]:
+    """The nodes whose tensor is the very one that this node changed in place."""
+    found = []
+    while _inplace(node, module_of) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        found.append(node)
+    return found
+
+
+def _inplace(node: fx.Node, module_of: Callable[[str], nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(module_of(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    name = getattr(node.target, "__name__", "")
+    return (
+        node.target in _INPLACE_FUNCTIONS
+        or bool(node.kwargs.get("inplace", False))
+        or (name.endswith("_") and not name.endswith("__"))
+    )
+
+
+def carve(graph: fx.Graph, nodes: Iterable[fx.Node], target: str) -> fx.Graph:
+    """Move some nodes into a graph of their own, and call it as one module in their place.
+
+    Args:
+        graph: what the nodes are taken from.
+        nodes: in order; nothing between them may depend on them.
+        target: the name under which the new graph will be called.
+
+    Returns:
+        the new graph: its placeholders are what the nodes took from outside, its output what others take from them.
+    """
+    inside = list(nodes)
+    inputs = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in inside))
+    outputs = [n for n in inside if any(user not in inside for user in n.users)]
+    carved = fx.Graph()
+    moved = {node: carved.placeholder(node.name) for node in inputs}
+    for node in inside:
+        moved[node] = carved.node_copy(node, lambda n: moved[n])
+    single = len(outputs) == 1
+    carved.output(moved[outputs[0]] if single else tuple(moved[n] for n in outputs))
+    with graph.inserting_after(inside[-1]):
+        call = graph.call_module(target, tuple(inputs))
+    for index, node in enumerate(outputs):
+        result = call
+        if not single:
+            with graph.inserting_after(call):
+                result = graph.call_function(operator.getitem, (call, index))
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(inside):
+        graph.erase_node(node)
+    return carved

@@ -1,0 +1,180 @@
+"""What a node computes, whichever way it is written: `nn.ReLU`, `F.relu`, `torch.relu_` and `x.relu()` are one thing.
+
+`kinds_of` names a node generally (`conv`) and precisely (`conv2d`); `kind_of` gives the general name alone. Modules
+are told by torch class, subclasses included; `meta["identity"]` marks stochastic layers that are silent in eval.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from dropsurgery.records import TensorFact
+
+_NOT_POINTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d, nn.GLU)
+_ACTIVATIONS = tuple(
+    cls
+    for cls in vars(nn.modules.activation).values()
+    if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls not in (nn.Module, *_NOT_POINTWISE)
+)
+# The first class that fits gives the kinds, so the special ones stand before the general.
+_MODULES: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ("conv_transpose",)),
+    ((nn.Conv1d,), ("conv", "conv1d")),
+    ((nn.Conv2d,), ("conv", "conv2d")),
+    ((nn.Conv3d,), ("conv", "conv3d")),
+    ((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), ("norm", "instance_norm")),
+    ((nn.modules.batchnorm._BatchNorm,), ("norm", "batch_norm")),
+    ((nn.GroupNorm,), ("norm", "group_norm")),
+    ((nn.LayerNorm,), ("norm", "layer_norm")),
+    ((nn.RMSNorm,), ("norm", "rms_norm")),
+    ((nn.Linear,), ("linear",)),
+    ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), ("pool", "adaptive_pool")),
+    ((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("pool", "adaptive_pool")),
+    ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), ("pool", "max_pool")),
+    ((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), ("pool", "avg_pool")),
+    ((nn.Upsample, nn.PixelShuffle), ("upsample",)),
+    ((nn.Identity, nn.modules.dropout._DropoutNd), ("identity",)),
+)
+# Names under torch.nn.functional, torch and torch.Tensor (there as methods), in-place forms (`relu_`) included.
+_NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("conv", "conv1d"): ("conv1d",),
+    ("conv", "conv2d"): ("conv2d",),
+    ("conv", "conv3d"): ("conv3d",),
+    ("conv_transpose",): ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    ("norm", "batch_norm"): ("batch_norm",),
+    ("norm", "group_norm"): ("group_norm",),
+    ("norm", "layer_norm"): ("layer_norm",),
+    ("norm", "instance_norm"): ("instance_norm",),
+    ("norm", "rms_norm"): ("rms_norm",),
+    ("linear",): ("linear",),
+    ("pool", "adaptive_pool"): tuple(f"adaptive_{how}_pool{n}d" for how in ("avg", "max") for n in (1, 2, 3)),
+    ("pool", "max_pool"): ("max_pool1d", "max_pool2d", "max_pool3d"),
+    ("pool", "avg_pool"): ("avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    ("upsample",): ("interpolate", "upsample", "pixel_shuffle"),
+    ("identity",): ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
+    ("add",): ("add",),
+    ("mul",): ("mul", "multiply"),
+    ("cat",): ("cat", "concat", "concatenate"),
+    ("reduction",): ("mean", "sum", "amax", "max", "logsumexp"),
+    ("activation",): (
+        *("relu", "relu6", "leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh"),
+        *("sigmoid", "logsigmoid", "hardsigmoid", "hardswish", "hardtanh", "softplus", "softsign", "threshold"),
+    ),
+}
+_OPERATORS: dict[Any, tuple[str, ...]] = {
+    operator.add: ("add",),
+    operator.iadd: ("add",),
+    operator.mul: ("mul",),
+    operator.imul: ("mul",),
+}
+_METHODS = {name + end: kinds for kinds, names in _NAMES.items() for name in names for end in ("", "_")}
+_FUNCTIONS: dict[Any, tuple[str, ...]] = _OPERATORS | {
+    getattr(home, name): kinds for name, kinds in _METHODS.items() for home in (torch, F) if hasattr(home, name)
+}
+KINDS = frozenset(kind for kinds in _METHODS.values() for kind in kinds) | {
+    "norm_act",
+    *(f"{norm}_act" for norm in ("batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm")),
+}
+"""Every word that `kinds_of` can say."""
+
+
+def kinds_of(node: fx.Node) -> tuple[str, ...]:
+    """The kinds of a node, the general one first, then the precise one; empty for what has no name here."""
+    if node.meta.get("identity"):
+        return ("identity",)
+    if node.op == "call_module":
+        module = node.meta.get("module")
+        return _module_kinds(module) if module is not None else ()
+    if node.op == "call_function":
+        return _FUNCTIONS.get(node.target, ())
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target), ())
+    return ()
+
+
+def kind_of(node: fx.Node) -> str | None:
+    """The general kind of a node: conv, norm, norm_act, activation, add, cat, linear …; None where it has none.
+
+    `norm_act` is a leaf that normalises and activates at once, such as a batch norm that holds a ReLU.
+    """
+    kinds = kinds_of(node)
+    return kinds[0] if kinds else None
+
+
+def _module_kinds(module: nn.Module) -> tuple[str, ...]:
+    for classes, kinds in _MODULES:
+        if isinstance(module, classes):
+            if kinds[0] == "norm" and any(_module_kinds(child)[:1] == ("activation",) for child in module.children()):
+                return ("norm_act", f"{kinds[1]}_act")
+            return kinds
+    if isinstance(module, _ACTIVATIONS):
+        return ("activation",)
+    return ()
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The arguments that carry tensors (parameters too), each once, in order; shapes and sizes left out."""
+    return [source for source in node.all_input_nodes if holds_tensor(source.meta.get("value"))]
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether a node's value is a tensor or a container with one in it."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return isinstance(value, TensorFact) or (isinstance(value, (tuple, list)) and any(map(holds_tensor, value)))
+
+
+def tensor_users(node: fx.Node) -> list[fx.Node]:
+    """The nodes that consume the tensor itself: the graph's output is one, reading a shape is not."""
+    return [user for user in node.users if user.op == "output" or holds_tensor(user.meta.get("value"))]
+
+
+def skip_identities(node: fx.Node, step: Callable[[fx.Node], list[fx.Node]]) -> Iterator[fx.Node]:
+    """The nodes that `step` leads to, with identities (dropout in eval mode, `nn.Identity`) walked through."""
+    for near in step(node):
+        if kind_of(near) == "identity":
+            yield from skip_identities(near, step)
+        else:
+            yield near
+
+
+@dataclass(frozen=True)
+class ConvFact:
+    """What a convolution's call says: extents per spatial axis, width of its output, groups."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    out_channels: int
+
+
+def conv_fact(node: fx.Node) -> ConvFact | None:
+    """The settings of a convolution, module or function; None if the node is none or hides its weight."""
+    if kind_of(node) != "conv":
+        return None
+    module = node.meta.get("module")
+    if module is not None:
+        return ConvFact(module.kernel_size, module.stride, module.dilation, module.groups, module.out_channels)
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    weight = given["weight"].meta.get("value") if isinstance(given.get("weight"), fx.Node) else None
+    if not isinstance(weight, TensorFact):
+        return None
+    kernel = weight.shape[2:]
+    stride, dilation = (_per_axis(given.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+    groups = given.get("groups", 1)
+    return ConvFact(kernel, stride, dilation, groups if isinstance(groups, int) else 1, weight.shape[0])
+
+
+def _per_axis(given: Any, axes: int) -> tuple[int, ...]:
+    values = given if isinstance(given, (tuple, list)) else (given,) * axes
+    return tuple(value if isinstance(value, int) else 1 for value in values)

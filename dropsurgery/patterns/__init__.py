@@ -1,0 +1,1 @@
+"""One pattern a file; each defines `PATTERN`. The folder is the registry."""

@@ -1,0 +1,111 @@
+"""What every regularizer is: a Module whose rates are buffers, off at rate 0, that gets its facts when built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Protocol
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor, nn
+
+from dropsurgery.errors import SurgeryError
+
+Rate = Annotated[float, Ge(0), Le(1)]
+
+
+class Keys(Protocol):
+    """Where a seeded model gets its random numbers from (`dropsurgery.context.Context`)."""
+
+    def key(self, site_id: str) -> Tensor | None:
+        """Return the key of this site's next draw, a 0-dim int64 tensor on the CPU; None without a seed."""
+
+
+def require(holds: bool, name: str, expected: str, got: object) -> None:
+    """Raise a SurgeryError that says what `name` was expected to be and what it was."""
+    if not holds:
+        raise SurgeryError(f"{name}: expected {expected}, got {got!r}")
+
+
+def check_rate(name: str, value: object) -> float:
+    """Return `value` as a float; a SurgeryError unless it is a number in [0, 1]."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(is_number and 0 <= value <= 1, name, "a number in [0, 1]", value)  # type: ignore[operator]
+    return float(value)  # type: ignore[arg-type]
+
+
+def rate_tensor(p: float | Tensor, device: torch.device) -> Tensor:
+    """Return `p` as a 0-dim tensor; a SurgeryError if it is a number out of [0, 1] (tensors are not read)."""
+    return p if isinstance(p, Tensor) else torch.tensor(check_rate("p", p), dtype=torch.float32, device=device)
+
+
+class Regularizer(nn.Module):
+    """Base of all regularizers: works alone like any layer, and by `build` and `context` within a model.
+
+    A rate is an argument named `p` or `p_*`: always the share (or probability) that is DROPPED. It is kept
+    in a 0-dim float32 buffer of that name, outside of the state_dict, so that a compiled model sees it move.
+    """
+
+    kind: ClassVar[str] = "insert"
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ()
+
+    eval_rule: str = "identity"
+    channel_axis: int | None = 1
+    site_id: str = ""
+    context: Keys | None = None
+    forced: bool = False
+
+    def __init__(self, **rates: float) -> None:
+        super().__init__()
+        self._rates = {name: check_rate(name, value) for name, value in rates.items()}
+        for name, value in self._rates.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32), persistent=False)
+        # A flag of its own: a compiled forward is guarded by it, and by no rate's value.
+        self._nonzero = any(self._rates.values())
+
+    @property
+    def active(self) -> bool:
+        """Whether forward changes its input now: in training (or forced), at a rate above 0."""
+        return (self.training or self.forced) and self._nonzero
+
+    def set_rate(self, name: str, value: float) -> None:
+        """Set the rate `name` to `value` in [0, 1]; in place, so that a compiled model need not be compiled again."""
+        require(name in self._rates, "rate", f"one of {sorted(self._rates)}", name)
+        self._rates[name] = check_rate(name, value)
+        self.get_buffer(name).fill_(value)
+        self._nonzero = any(self._rates.values())
+
+    def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
+        """Take the facts of the site; a SurgeryError says why this regularizer cannot work there."""
+        self.channel_axis = channel_axis
+        self.site_id = site_id
+
+    def expected_drop(self, shape: tuple[int, ...]) -> float:
+        """Return the expected share of an input of `shape` that is dropped at the current rates."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what must be saved to resume, besides rates and clock."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` returned."""
+        require(not state, "state", "no entries", sorted(state))
+
+    def next_key(self) -> Tensor | None:
+        """Return the key of the next draw, or None where torch's global generator is to be used."""
+        return None if self.context is None else self.context.key(self.site_id)
+
+    def extra_repr(self) -> str:
+        """Return the rates; subclasses append their options."""
+        return ", ".join(f"{name}={value:g}" for name, value in self._rates.items())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Regularizer:
+        # `.half()`, `.to(dtype)` and the like move the rates, and leave their dtype and value alone.
+        before = {name: self.get_buffer(name) for name in self._rates}
+        super()._apply(fn, recurse)
+        for name, rate in before.items():
+            self._buffers[name] = rate.to(self.get_buffer(name).device)
+        return self

@@ -1,0 +1,43 @@
+"""Uniform random numbers from torch's global generator or, for a seeded model, from a key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniform(shape: Sequence[int], device: torch.device, key: Tensor | None) -> Tensor:
+    """Return float32 numbers in [0, 1) of `shape`; the same ones for the same `key` (0-dim int64, on the CPU)."""
+    # Float32 whatever the input is: in bfloat16, P(u < 0.0008) is three times what it should be.
+    if key is None:
+        return torch.rand(shape, device=device, dtype=torch.float32)
+    return keyed_uniform(shape, device, key)
+
+
+# The key is read on the host, which a captured CUDA graph would do only once.
+@torch.library.custom_op(
+    "dropsurgery::keyed_uniform",
+    mutates_args=(),
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
+)
+def keyed_uniform(shape: Sequence[int], device: torch.device, key: Tensor) -> Tensor:
+    """Return float32 numbers in [0, 1) from a generator of their own, seeded with `key`."""
+    generator = torch.Generator(device).manual_seed(int(key))
+    return torch.rand(shape, device=device, generator=generator, dtype=torch.float32)
+
+
+@keyed_uniform.register_fake
+def _(shape: Sequence[int], device: torch.device, key: Tensor) -> Tensor:
+    return torch.empty(shape, device=device, dtype=torch.float32)
+
+
+def keep_scale(
+    shape: Sequence[int], p: Tensor, like: Tensor, key: Tensor | None, *, rescale: bool = True
+) -> Tensor:
+    """Return a factor of `shape` in the dtype of `like`: 0 with probability `p`, else 1 / (1 - p) (1: no rescale)."""
+    kept = uniform(shape, like.device, key) >= p
+    # At p = 1 nothing is kept, and the scale only has to be finite.
+    scale = 1 / (1 - p).clamp(min=torch.finfo(p.dtype).tiny) if rescale else torch.ones_like(p)
+    return torch.where(kept, scale, 0).to(like.dtype)

@@ -1,0 +1,155 @@
+"""DropBlock: drop contiguous blocks of each feature map (Ghiasi, Lin, Le 2018, arXiv:1810.12890).
+
+    x (B, C, H, W) → x * M * numel(M) / sum(M)      M = 0 in blocks of k x k, 1 elsewhere
+
+As in the authors' code (tensorflow/tpu, resnet_model.py): seeds lie where their block is wholly inside of the map,
+each channel has its own, a block larger than the map is cut down to it (and then drops whole channels), and one
+scale, in float32, holds for the whole mask. The paper's keep_prob is 1 - p. With the paper's gamma the expected
+drop share is at most p (at 14x14, k = 7, p = 0.1: 0.093); `gamma: exact` solves for p.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge
+from torch import Tensor
+
+from dropsurgery.errors import SurgeryError
+from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._blocks import drop_blocks
+from dropsurgery.regularizers._coverage import exact_probability, expected_share, paper_factor, seed_probability
+from dropsurgery.regularizers._uniform import uniform
+
+Gamma = Literal["paper", "exact"]
+Clamp = Literal["dimension", "square"]
+
+
+def drop_block(
+    x: Tensor,
+    p: float | Tensor,
+    block_size: int = 7,
+    *,
+    share_channels: bool = False,
+    gamma: Gamma = "paper",
+    clamp: Clamp = "dimension",
+    channel_axis: int = 1,
+    key: Tensor | None = None,
+) -> Tensor:
+    """Drop blocks of `block_size` x `block_size` cells and rescale by what was kept; zeros if nothing was.
+
+    Args:
+        x: (B, C, H, W), or (B, H, W, C) with `channel_axis` -1; of any floating dtype and memory layout.
+        p: drop rate in [0, 1]; as a 0-dim tensor it may move without a compiled model being compiled again.
+        block_size: cells along an axis; cut down to each dimension of the map (`clamp` "dimension") or to the
+            smaller one ("square", as torchvision has it).
+        share_channels: one mask for all channels of a sample.
+        gamma: "paper" (equation 1) or "exact", at which the expected drop share is p.
+        key: what the random numbers depend on, a 0-dim int64 CPU tensor; None for torch's global generator.
+
+    Raises:
+        SurgeryError: `x` is not of rank 4, or an argument is out of range.
+    """
+    require(x.dim() == 4, "input of drop_block", "4 dimensions (B, C, H, W) or (B, H, W, C)", tuple(x.shape))
+    rate = rate_tensor(p, x.device)
+    maps = x if channel_axis in (1, -3) else x.movedim(channel_axis, 1)
+    block = _block(maps.shape[2:], block_size, clamp)
+    exact = gamma == "exact"
+    if x.device.type == "cpu":
+        y = drop_blocks(maps, rate, key, block, share_channels, exact, True)[0]
+    else:
+        y = _drop_block(maps, rate, key, block, share_channels, exact)
+    return y if channel_axis in (1, -3) else y.movedim(1, channel_axis)
+
+
+class DropBlock(Regularizer):
+    """`drop_block` as a layer: on maps (B, C, H, W), or (B, H, W, C) where `build` says so; identity in eval."""
+
+    paper = "Ghiasi, Lin, Le: DropBlock, NeurIPS 2018, arXiv:1810.12890"
+    summary = "drops contiguous blocks of each feature map"
+    examples = (
+        {"p": 0.1, "block_size": 7},
+        {"p": 0.3, "block_size": 2, "gamma": "exact"},
+        {"p": 0.2, "block_size": 3, "share_channels": True, "clamp": "square"},
+    )
+
+    def __init__(
+        self,
+        p: Rate = 0.1,
+        block_size: Annotated[int, Ge(1)] = 7,
+        share_channels: bool = False,
+        gamma: Gamma = "paper",
+        clamp: Clamp = "dimension",
+    ) -> None:
+        super().__init__(p=p)
+        is_size = isinstance(block_size, int) and not isinstance(block_size, bool) and block_size >= 1
+        require(is_size, "block_size", "an integer of 1 or more", block_size)
+        require(isinstance(share_channels, bool), "share_channels", "true or false", share_channels)
+        require(gamma in ("paper", "exact"), "gamma", "'paper' or 'exact'", gamma)
+        require(clamp in ("dimension", "square"), "clamp", "'dimension' or 'square'", clamp)
+        self.block_size = block_size
+        self.share_channels = share_channels
+        self.gamma = gamma
+        self.clamp = clamp
+
+    def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
+        """Take the facts; a SurgeryError unless the tensor is a batch of maps whose channel axis is known."""
+        if len(shape) != 4:
+            raise SurgeryError(
+                f"dropblock at {site_id}: expected maps (B, C, H, W) or (B, H, W, C), got a tensor of shape "
+                f"{shape}, which has no rows and columns; use dropout there"
+            )
+        if channel_axis is None:
+            raise SurgeryError(f"dropblock at {site_id}: expected a known channel axis, got none for shape {shape}")
+        super().build(channel_axis=channel_axis, channels=channels, shape=shape, site_id=site_id)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` with blocks dropped; `x` itself when not active."""
+        if not self.active:
+            return x
+        return drop_block(
+            x,
+            self.p,
+            self.block_size,
+            share_channels=self.share_channels,
+            gamma=self.gamma,
+            clamp=self.clamp,
+            channel_axis=self.channel_axis,
+            key=self.next_key(),
+        )
+
+    def expected_drop(self, shape: tuple[int, ...]) -> float:
+        """Return the expected share of dropped cells for maps of `shape`, in closed form."""
+        size = tuple(shape[2:] if self.channel_axis == 1 else shape[1:3])
+        block = _block(size, self.block_size, self.clamp)
+        return expected_share(seed_probability(self._rates["p"], size, block, self.gamma == "exact"), size, block)
+
+    def extra_repr(self) -> str:
+        """Return the rate, the block size, and the options that differ from the authors'."""
+        options = {"share_channels": False, "gamma": "paper", "clamp": "dimension"}
+        changed = [f"{name}={getattr(self, name)!r}" for name, usual in options.items() if getattr(self, name) != usual]
+        return ", ".join([super().extra_repr(), f"block_size={self.block_size}", *changed])
+
+
+def _block(size: tuple[int, ...], block_size: int, clamp: Clamp) -> list[int]:
+    """Cut the block down to a map of `size` = (H, W)."""
+    most = size if clamp == "dimension" else [min(size)] * 2
+    return [min(block_size, length) for length in most]
+
+
+def _drop_block(
+    x: Tensor, p: Tensor, key: Tensor | None, block: list[int], share_channels: bool, exact: bool
+) -> Tensor:
+    """The same in torch's own operators, for every device; p is not read, so nothing waits for the device."""
+    batch, channels, height, width = x.shape
+    kh, kw = block
+    gamma = exact_probability(p, x.shape[2:], block) if exact else p * paper_factor(x.shape[2:], block)
+    region = (batch, 1 if share_channels else channels, height - kh + 1, width - kw + 1)
+    seeds = (uniform(region, x.device, key) < gamma).float()
+    dropped = F.max_pool2d(F.pad(seeds, (kw - 1, kw - 1, kh - 1, kh - 1)), (kh, kw), stride=1) > 0
+    kept = dropped.numel() - dropped.sum()
+    # With nothing kept all is masked, and the scale only has to be finite.
+    scale = dropped.numel() / kept.clamp(min=1)
+    return (x * scale.to(x.dtype)).masked_fill(dropped, 0)
