@@ -1,8 +1,8 @@
 """The folder is the registry: list the regularizers and patterns, import one by name.
 
-A file `dropsurgery/regularizers/<name>.py` is the regularizer `<name>`, a file `dropsurgery/patterns/<name>.py`
-the pattern; third parties add theirs by the entry points `dropsurgery.regularizers` and `dropsurgery.patterns`,
-or with `register`.
+A file `dropsurgery/regularizers/<name>.py` is the regularizer `<name>`, a file
+`dropsurgery/patterns/<name>.py` is the pattern; third parties add theirs by the entry points
+`dropsurgery.regularizers` and `dropsurgery.patterns`, or with `register`.
 """
 
 from __future__ import annotations
@@ -63,12 +63,14 @@ def register(kind: Kind, name: str, thing: Any) -> None:
     """Add a regularizer class or a pattern from Python; a SurgeryError if the name is taken by another."""
     taken = name in _files(kind) or name in _plugins(kind) or _registered[kind].get(name, thing) is not thing
     if taken:
-        raise SurgeryError(f"{kind.removesuffix('s')} {name!r}: expected a new name, but there is one already")
+        raise SurgeryError(
+            f"{kind.removesuffix('s')} {name!r}: expected a new name, but there is one already"
+        )
     _registered[kind][name] = thing
 
 
 def arguments(regularizer: type) -> dict[str, Argument]:
-    """Return the constructor arguments of a regularizer class by name, with annotations (ranges too) and defaults."""
+    """Return the constructor arguments of a regularizer class: name → annotation, default."""
     init = inspect.unwrap(regularizer.__init__)  # type: ignore[misc]
     hints = typing.get_type_hints(init, include_extras=True)
     parameters = list(inspect.signature(init).parameters.values())[1:]

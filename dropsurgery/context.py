@@ -1,8 +1,8 @@
 """What the regularizers of one model share: the step, the seed, and random numbers keyed by both.
 
-With a seed, the numbers of a draw depend on (seed, site, step, how many forwards the site has had in this step)
-and on nothing else: sites are independent of each other and of whatever else draws numbers. Without one, torch's
-global generator is used, as by any layer.
+With a seed, the numbers of a draw depend on seed, site, step and how many forwards the site has had in this
+step, and on nothing else: sites are independent of each other and of whatever else draws numbers. Without
+one, it is torch's global generator, as for any layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _contexts: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictiona
 
 
 class Context:
-    """Step, seed and keyed random numbers of one model; `seed` None leaves all to torch's global generator."""
+    """Step, seed and keyed random numbers of one model; without `seed`, all is torch's global generator's."""
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
@@ -41,15 +41,16 @@ class Context:
         self._keys.clear()
 
     def key(self, site_id: str) -> Tensor | None:
-        """Return the key of the next draw at `site_id`, a 0-dim int64 tensor on the CPU; None without a seed."""
+        """Return the key of the next draw at `site_id`, a 0-dim int64 CPU tensor; None without a seed."""
         if self.seed is None:
             return None
-        return torch.ops.dropsurgery.key(self._handle, site_id)
+        key: Tensor = torch.ops.dropsurgery.key(self._handle, site_id)
+        return key
 
     def _next(self, site_id: str) -> int:
-        # Activation checkpointing runs a forward again inside backward and must meet the same numbers. It puts
-        # torch's global generator back to where it was, so that a number drawn from there tells which forward
-        # is being repeated; where it does not (preserve_rng_state=False), the last one is taken to be.
+        # Activation checkpointing runs a forward again inside backward, and must meet the same numbers. It
+        # puts torch's global generator back to where it was, so that a number drawn from there tells which
+        # forward is repeated; where it does not (preserve_rng_state=False), the last one is taken to be.
         mark = int(torch.empty((), dtype=torch.int64).random_())
         repeated = torch._C._current_graph_task_id() != -1
         if repeated and (site_id, mark) in self._keys:
@@ -66,14 +67,19 @@ class Context:
         _contexts[self._handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"seed": self.seed, "_step": self._step, "_forwards": dict(self._forwards), "_keys": dict(self._keys)}
+        return {
+            "seed": self.seed,
+            "_step": self._step,
+            "_forwards": dict(self._forwards),
+            "_keys": dict(self._keys),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._register()
 
 
-# An operator, so that a compiled model can ask for keys; by a handle, so that nothing in its graph changes by step.
+# An operator, so that a compiled model can ask for keys; by handle, so that no step changes its graph.
 @torch.library.custom_op("dropsurgery::key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _key(handle: int, site_id: str) -> Tensor:
     return torch.tensor(_contexts[handle]._next(site_id))

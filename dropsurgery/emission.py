@@ -26,6 +26,8 @@ from dropsurgery.trees import attribute_at, own_class
 
 SLOTS = "_surgery"
 """The child under which a module keeps the regularizers of the edits that it owns."""
+METADATA = "dropsurgery"
+"""The key of the clock's copy in `state_dict()._metadata`."""
 
 # Classes whose length and iteration are those of their children: their regularizers stay out of `_modules`.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -134,6 +136,16 @@ class Surgical:
             slots._apply(fn)
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if "surgery" in self.__dict__ and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][METADATA] = self.__dict__["surgery"].metadata()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if "surgery" in self.__dict__:
+            self.__dict__["surgery"].load_metadata(local_metadata.get(METADATA))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[misc]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = empty(own_class(self))  # type: ignore[arg-type]
         memo[id(self)] = made
@@ -163,7 +175,7 @@ class Surgical:
         if owner is not None:
             _install(self, owner)  # type: ignore[arg-type]
         else:
-            example = _tensors_of(self.__dict__["_example"])
+            example = example_of(self)  # type: ignore[arg-type]
             emit_root(self, example, record(self, *example))  # type: ignore[arg-type]
         if "surgery" in fields:
             fields["surgery"].adopt(self)
@@ -187,12 +199,43 @@ def empty(cls: type[nn.Module]) -> nn.Module:
     return made
 
 
+class OwnHook:
+    """A forward pre-hook of ours: it holds its target weakly, and goes neither into copies nor into files."""
+
+    def __init__(self, target: Callable[[], Any]) -> None:
+        self.target = target
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnHook:
+        return type(self)(_nothing)
+
+    def __reduce__(self) -> Any:
+        return type(self), (_nothing,)
+
+
+def _nothing() -> None:
+    return None
+
+
+def drop_own_hooks(module: nn.Module) -> None:
+    """Take our hooks off a module."""
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, OwnHook)]:
+        del hooks[key]
+
+
 def own_fields(module: nn.Module) -> tuple[str, ...]:
     """The entries of a module's `__dict__` that emission added."""
     if not isinstance(module, Surgical):
         return ()
     added = ("_owner", "_example", "_graph", "_code", "_lineno_map", "_prologue_start", "surgery", SLOTS)
     return (*added, *_GRAPH_FIELDS, *(("meta",) if module.__dict__.get("_added_meta") else ()), "_added_meta")
+
+
+def example_of(root: nn.Module) -> Example:
+    """The example that a rewritten root was recorded with; its tensors take no memory."""
+    owner: Owner | None = root.__dict__["_owner"]
+    example: Example = _tensors_of(owner.example if owner is not None else root.__dict__["_example"])
+    return example
 
 
 def emit_root(root: nn.Module, example: Example, level: Any) -> None:

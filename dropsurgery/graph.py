@@ -62,6 +62,12 @@ def insert_on(node: fx.Node, operand: int | tuple[int, int], target: str) -> fx.
     return made
 
 
+def erase(node: fx.Node) -> None:
+    """Undo an insertion: the users of a call on one value take that value itself."""
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    node.graph.erase_node(node)
+
+
 def _aliases(node: fx.Node, module_of: Callable[[str], nn.Module]) -> list[fx.Node]:
     """The nodes whose tensor is the very one that this node changed in place."""
     found = []

@@ -5,11 +5,12 @@ A pattern is written the way the model is: the operations in order of their exec
     PATTERN = Pattern(
         "conv_bn",
         forms=[ops(conv="conv", norm="norm")],
-        edges={"output": after("norm"), "conv": after("conv"), "input": into("conv")},
+        edges={"output": After("norm"), "conv": After("conv"), "input": Into("conv")},
     )
 
 Operations are named by kind (`dropsurgery.kinds`), so that module, functional, method and in-place forms are one
-thing. Between two of them, whatever is an identity in eval mode (dropout, `nn.Identity`) is walked over.
+thing. Each is the only consumer of the one before; what is an identity in eval mode (dropout, `nn.Identity`) is
+walked over, reading a shape is no use.
 """
 
 from __future__ import annotations
@@ -25,19 +26,29 @@ from dropsurgery.errors import SurgeryError
 from dropsurgery.kinds import KINDS, kind_of, kinds_of, skip_identities, tensor_users
 from dropsurgery.records import Edge
 
-__all__ = ["Found", "Match", "Miss", "Op", "Pattern", "after", "chain", "find", "into", "kind_of", "ops", "units"]
+__all__ = [
+    "After",
+    "Found",
+    "Into",
+    "Match",
+    "Miss",
+    "Op",
+    "Pattern",
+    "called",
+    "chain",
+    "find",
+    "kind_of",
+    "ops",
+    "units",
+]
 
 
 @dataclass(frozen=True)
 class Op:
-    """A template of one node. `kind=None` matches any node; `users=None` any number of users.
-
-    `users` counts the operations that consume the result, identities walked over.
-    """
+    """A template of one node, captured under `name`; `kind=None` fits any node."""
 
     name: str
     kind: str | None = None
-    users: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -46,8 +57,6 @@ class Op:
             near = difflib.get_close_matches(self.kind, sorted(KINDS), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(KINDS))}"
             raise SurgeryError(f"operation {self.name!r}: no kind {self.kind!r}; {hint}")
-        if self.users is not None and self.users < 1:
-            raise SurgeryError(f"operation {self.name!r}: expected users of at least 1, got {self.users}")
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,15 @@ class Pattern:
         for form in self.forms:
             names = [op.name for op in form]
             if len(set(names)) < len(names):
-                raise SurgeryError(f"pattern {self.name!r}: expected distinct names of operations, got {names}")
+                raise SurgeryError(
+                    f"pattern {self.name!r}: expected distinct names of operations, got {names}"
+                )
+        known = {op.name for form in self.forms for op in form}
+        for edge, rule in self.edges.items():
+            if isinstance(rule, (After, Into)) and rule.name not in known:
+                raise SurgeryError(
+                    f"pattern {self.name!r}: edge {edge!r} is at {rule.name!r}, and there is no operation {rule.name!r}"
+                )
 
     @property
     def default_edge(self) -> str:
@@ -164,33 +181,35 @@ def _match_form(pattern: Pattern, form: Form, start: fx.Node) -> Match | Miss:
         if depth:
             users = list(skip_identities(node, tensor_users))
             if len(users) != 1:
-                return Miss(f"{_called(node)} has {len(users)} users", node, depth)
+                return Miss(f"{called(node)} has {len(users)} users", node, depth)
             (node,) = users
         if op.kind is not None and op.kind not in kinds_of(node):
             return Miss(_unexpected(node, op, list(nodes.values())), node, depth)
-        if op.users is not None and len(list(skip_identities(node, tensor_users))) != op.users:
-            return Miss(f"{_called(node)} has {len(list(skip_identities(node, tensor_users)))} users", node, depth)
         nodes[op.name] = node
     return Match(pattern, nodes)
 
 
 def _unexpected(node: fx.Node, op: Op, before: list[fx.Node]) -> str:
     if not before:
-        return f"{_called(node)} is no {op.kind}"
-    return f"{_called(before[-1])} is followed by {_called(node)}, not by {op.kind}"
+        return f"{called(node)} is no {op.kind}"
+    return f"{called(before[-1])} is followed by {called(node)}, not by {op.kind}"
 
 
-def _called(node: fx.Node) -> str:
+def called(node: fx.Node) -> str:
     """What to call a node in a reason: its precise kind, or what it runs."""
     if node.op == "output":
         return "the result of the net"
     kinds = kinds_of(node)
     if kinds and kinds[0] != "activation":
-        return kinds[-1].replace("_", " ")
+        return kinds[-1].replace("_act", " with activation").replace("_", " ")
     module = node.meta.get("module")
     if module is not None:
         return type(module).__name__
-    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return (
+        str(node.target)
+        if isinstance(node.target, str)
+        else getattr(node.target, "__name__", str(node.target))
+    )
 
 
 def ops(**kinds: str) -> Form:
@@ -203,28 +222,31 @@ def units(*parts: Sequence[Form]) -> list[Form]:
     return [tuple(op for form in choice for op in form) for choice in product(*parts)]
 
 
-def after(name: str) -> EdgeRule:
+@dataclass(frozen=True)
+class After:
     """The result of an operation, for all its users; a Miss where it is hidden inside a leaf with the next one."""
 
-    def rule(match: Match) -> tuple[Edge, ...] | Miss:
-        if name in match.nodes:
-            return (Edge(match.nodes[name]),)
+    name: str
+
+    def __call__(self, match: Match) -> tuple[Edge, ...] | Miss:
+        if self.name in match.nodes:
+            return (Edge(match.nodes[self.name]),)
         leaf = next(node for node in match.nodes.values() if kind_of(node) == "norm_act")
-        return Miss(f"{_called(leaf)} is one layer, nothing between norm and activation can be reached", leaf)
-
-    return rule
+        return Miss(f"{called(leaf)} is one layer, nothing between norm and activation can be reached", leaf)
 
 
-def into(name: str, operand: int = 0) -> EdgeRule:
+@dataclass(frozen=True)
+class Into:
     """One argument of an operation, by its position."""
 
-    def rule(match: Match) -> tuple[Edge, ...] | Miss:
-        node = match.nodes[name]
-        if len(node.args) > operand and isinstance(node.args[operand], fx.Node):
-            return (Edge(node, operand),)
-        return Miss(f"{_called(node)} takes its input by keyword, only positions can be reached", node)
+    name: str
+    operand: int = 0
 
-    return rule
+    def __call__(self, match: Match) -> tuple[Edge, ...] | Miss:
+        node = match.nodes[self.name]
+        if len(node.args) > self.operand and isinstance(node.args[self.operand], fx.Node):
+            return (Edge(node, self.operand),)
+        return Miss(f"{called(node)} takes its input by keyword, only positions can be reached", node)
 
 
 def chain(name: str, kinds: Sequence[str]) -> Pattern:
@@ -240,9 +262,9 @@ def chain(name: str, kinds: Sequence[str]) -> Pattern:
         raise SurgeryError(f"pattern {name!r}: expected a list of kinds, got {kinds!r}")
     called = list(_numbered(kinds))
     template = tuple(Op(label, kind) for label, kind in zip(called, kinds, strict=True))
-    edges = {"output": after(called[-1])}
-    edges.update({label: after(label) for label in called[:-1]})
-    edges["input"] = into(called[0])
+    edges = {"output": After(called[-1])}
+    edges.update({label: After(label) for label in called[:-1]})
+    edges["input"] = Into(called[0])
     return Pattern(name, list(_with_leaves(template)), edges)
 
 
@@ -254,11 +276,11 @@ def _numbered(kinds: Sequence[str]) -> Iterator[str]:
 
 def _with_leaves(template: Form) -> Iterator[Form]:
     """The template, and each variant in which a norm and the activation after it are one leaf."""
-    for index, (op, following) in enumerate(zip(template, template[1:], strict=False)):
-        if f"{op.kind}_act" in KINDS and following.kind == "activation":
-            leaf = Op(following.name, f"{op.kind}_act")
-            for rest in _with_leaves(template[index + 2 :]):
-                yield (*template[: index], op, following, *rest)
-                yield (*template[: index], leaf, *rest)
-            return
-    yield template
+    if not template:
+        yield ()
+        return
+    for rest in _with_leaves(template[1:]):
+        yield (template[0], *rest)
+    if len(template) > 1 and f"{template[0].kind}_act" in KINDS and template[1].kind == "activation":
+        for rest in _with_leaves(template[2:]):
+            yield (Op(template[1].name, f"{template[0].kind}_act"), *rest)

@@ -12,11 +12,14 @@ from typing import Any
 from torch import fx, nn
 
 from dropsurgery.capture import Captured
-from dropsurgery.emission import SLOTS, LocalEdit, emit_owner, emit_root, empty, guard_ways, own_fields
+from dropsurgery.emission import SLOTS, LocalEdit, drop_own_hooks, emit_owner, emit_root, empty, guard_ways, own_fields
 from dropsurgery.errors import SurgeryError
 from dropsurgery.graph import local_name
 from dropsurgery.records import Edit
 from dropsurgery.trees import bare, copy_tree
+
+ADOPTED = "_adopted"
+"""Where an adopted layer keeps the rates that it came with."""
 
 Build = Callable[[Edit], nn.Module]
 
@@ -35,19 +38,28 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     model = captured.model
     by_owner: dict[str, list[Edit]] = defaultdict(list)
     for edit in edits:
-        by_owner[edit.site.owner].append(edit)
+        if edit.kind == "insert":
+            by_owner[edit.site.owner].append(edit)
     owners = {model.get_submodule(path): path for path in by_owner}
     generated = {model, *owners}
     copies = copy_tree(model, lambda module: empty(type(module)) if module in generated else bare(module))
     for module, path in owners.items():
         local = {_local(edit, slot): build(edit) for slot, edit in enumerate(by_owner[path])}
         emit_owner(copies[module], local, captured.view.levels[path])
+    for edit in edits:
+        if edit.kind == "adopt":
+            _adopt(copies[model.get_submodule(edit.site.module)], edit)
     root = copies[model]
     if model in owners:
         guard_ways(root)
     else:
         emit_root(root, captured.inputs, captured.root)
     return root
+
+
+def _adopt(layer: nn.Module, edit: Edit) -> None:
+    """Remember the rates of a layer that comes under the clock, for `strip`."""
+    layer.__dict__[ADOPTED] = {name: layer.__dict__[name] for name in edit.arguments}
 
 
 def _local(edit: Edit, slot: int) -> LocalEdit:
@@ -74,4 +86,6 @@ def strip(gm: nn.Module) -> nn.Module:
         for name in own_fields(module):
             fields.pop(name, None)
         fields["_modules"].pop(SLOTS, None)
+        fields.update(fields.pop(ADOPTED, {}))
+        drop_own_hooks(plain)
     return copies[gm]

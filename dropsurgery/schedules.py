@@ -207,9 +207,9 @@ class Schedule:
         if unknown or missing:
             what = f"unknown {unknown}" if unknown else f"missing {missing}"
             raise RecipeError(f"schedule {self.kind}: {what}; its options are {list(known) or 'none'}")
-        if not 0 <= self.begin < self.end:
+        if not 0 <= self.begin < min(self.end, 1.0):
             raise RecipeError(
-                f"schedule {self.kind}: expected 0 <= begin < end, "
+                f"schedule {self.kind}: expected 0 <= begin < end, and begin < 1 (the end of the training), "
                 f"got begin {self.begin:g} and end {self.end:g}"
             )
         self._local(0.0)  # the function checks the values of its options

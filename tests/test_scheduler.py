@@ -394,7 +394,21 @@ def test_forward_clock_resumes_at_the_next_forward() -> None:
     assert torch.equal(net.noise.p, resumed.noise.p)
 
 
+def test_forward_clock_goes_on_in_a_copy_and_after_a_load() -> None:
+    net = forward_net()
+    for _ in range(3):
+        net(X)
+    clock = net.clock.copy_for([], list)
+    clock.on_forward(net, ())
+    assert clock.current_step == 3
+    net.clock.load_state_dict(GOOD | {"step": 7})
+    net(X)
+    assert net.clock.current_step == 7
+
+
 # Copies and checkpoints
+
+GOOD = {"version": 1, "step": 3, "total_steps": 10, "clock": "optimizer"}
 
 
 def copied(net: Net) -> Net:
@@ -476,9 +490,6 @@ def test_another_total_warns_and_does_not_count() -> None:
     assert longer.clock.progress == 0.25
     assert longer.p == pytest.approx(0.025)
     Net(Schedule(), total_steps=None).clock.load_state_dict(net.clock.state_dict())
-
-
-GOOD = {"version": 1, "step": 3, "total_steps": 10, "clock": "optimizer"}
 
 
 @pytest.mark.parametrize(

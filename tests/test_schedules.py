@@ -146,8 +146,9 @@ def test_values(schedule: Schedule, expected: dict[float, float]) -> None:
         (("piecewise", {"points": [[0, 0], [1]]}), "piecewise.points"),
         (("piecewise", {"points": [[0, 0], [0.5, 2]]}), "piecewise.points"),
         (("piecewise", {"points": [[0.5, 0], [0.5, 1]]}), "piecewise.points"),
-        (("linear", {}, 0.5, 0.5), "begin < end, got begin 0.5 and end 0.5"),
+        (("linear", {}, 0.5, 0.5), "begin < end, .* got begin 0.5 and end 0.5"),
         (("linear", {}, -0.1, 1.0), "0 <= begin"),
+        (("linear", {}, 1.0, 2.0), "begin < 1"),
         (("linear", {}, float("nan"), 1.0), "0 <= begin"),
     ],
 )

@@ -48,17 +48,16 @@ def annotate(graph: fx.Graph) -> None:
         node.meta.update(_NOTHING)
     flow = Dataflow(graph)
     spaces = find_spaces(flow)
-    regions, refused = find_joins(flow)
     roles = find_roles(flow, spaces)
+    regions, refused = find_joins(flow, roles)
     body = [node for node in flow.order if roles[node] in ("backbone", "encoder")]
     for node, place in find_places(flow, spaces, regions, body).items():
         node.meta.update(stage=place.stage, depth=place.depth, block=place.block)
     for node in flow.order:
-        node.meta.update(role=roles[node], trainable=_trainable(flow, node), **_channels(node, spaces[node]))
+        node.meta.update(
+            role=roles[node], trainable=_trainable(flow, spaces, node), **_channels(node, spaces[node])
+        )
     for region in regions:
-        if roles[region.node] == "head":
-            refused[region.node] = "add merges two heads, after the map is given up"
-            continue
         region.node.meta["join"] = region.join
         for side, name in ((region.branch, "branch"), (region.shortcut, "shortcut")):
             for node in side:
@@ -78,13 +77,13 @@ def _channels(node: fx.Node, space: Space) -> dict[str, Any]:
     return facts
 
 
-def _trainable(flow: Dataflow, node: fx.Node) -> bool:
+def _trainable(flow: Dataflow, spaces: dict[fx.Node, Space], node: fx.Node) -> bool:
     module = node.meta.get("module")
     parameters = list(module.parameters()) if module is not None else []
     if parameters:
         return any(parameter.requires_grad for parameter in parameters)
     inputs = flow.inputs[node]
-    return bool(main_input(node, inputs).meta["trainable"]) if inputs else True
+    return bool(main_input(node, inputs, spaces).meta["trainable"]) if inputs else True
 
 
 def _spread_depth(nodes: list[fx.Node]) -> None:

@@ -4,8 +4,9 @@ An addition of two equally shaped operands is a residual join if both come from 
 both depend on), and weighted operations lie between. The operand with fewer weighted operations on its longest way
 from the fork is the shortcut, a projection included; with equally many, both are branches (Shake-Shake).
 
-No joins are: additions of a parameter (positional embeddings), merges that upsample on the way (FPN, LinkNet), merges
-of two streams each of which has residual blocks of its own (HRNet), sums of differently sliced halves of one tensor.
+No joins are: additions of a parameter (positional embeddings); merges that upsample on the way, in a decoder or where
+the smaller map is used elsewhere too (FPN, LinkNet); merges of two streams each of which has residual blocks of its
+own (HRNet); sums of parts of one tensor that was split (Res2Net); sums of two heads.
 """
 
 from __future__ import annotations
@@ -40,60 +41,77 @@ class Region:
     shortcut: frozenset[fx.Node]
 
 
-def find_joins(flow: Dataflow) -> tuple[list[Region], dict[fx.Node, str]]:
+def find_joins(flow: Dataflow, roles: dict[fx.Node, str]) -> tuple[list[Region], dict[fx.Node, str]]:
     """All residual joins in topological order, and for each other addition the reason why it is none."""
-    regions: list[Region] = []
+    finder = _Finder(flow, roles)
     refused: dict[fx.Node, str] = {}
-    residual: set[fx.Node] = set()
     for node in flow.order:
-        if kind_of(node) != "add":
-            continue
-        found = _region(flow, node, residual)
-        if isinstance(found, str):
-            refused[node] = found
-        else:
-            regions.append(found)
-            if found.join.shortcut is not None:
-                residual.add(node)
-    return regions, refused
+        if kind_of(node) == "add":
+            found = finder.region(node)
+            if isinstance(found, str):
+                refused[node] = found
+            else:
+                finder.found.append(found)
+                if found.join.shortcut is not None:
+                    finder.residual[node] = found.join.fork
+    return finder.found, refused
 
 
-def _region(flow: Dataflow, node: fx.Node, residual: set[fx.Node]) -> Region | str:
-    operands = node.args[:2]
-    if len(operands) < 2 or not all(isinstance(operand, fx.Node) for operand in operands):
-        return "add has an operand that is no tensor in its positional arguments"
-    left, right = operands
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    if left not in flow.order or right not in flow.order:
-        return "add has an operand that does not depend on the input (a parameter or constant)"
-    if shape_of(left) is None or shape_of(left) != shape_of(right):
-        return f"add has operands of shapes {shape_of(left)} and {shape_of(right)}"
-    fork, reach = _fork(flow, left, right)
-    if fork is None or shape_of(fork) is None:
-        return "add has operands that come from no common tensor"
-    sides = tuple(_distances(flow, fork, end, [n for n in reach if reach[n] & bit]) for end, bit in ((left, 1), (right, 2)))
-    return _judge(flow, node, fork, sides, residual)
+class _Finder:
+    """Judges additions in topological order; `residual` are the joins with a shortcut so far, with their forks."""
+
+    def __init__(self, flow: Dataflow, roles: dict[fx.Node, str]) -> None:
+        self.flow, self.roles = flow, roles
+        self.found: list[Region] = []
+        self.residual: dict[fx.Node, fx.Node] = {}
+
+    def region(self, node: fx.Node) -> Region | str:
+        """The region of a join, or why the addition is none."""
+        ends = [operand for operand in node.args[:2] if isinstance(operand, fx.Node)]
+        if len(ends) < 2:
+            return "add has an operand that is no tensor, or one passed by keyword"
+        if not all(end in self.flow.order for end in ends):
+            return "add has an operand that does not depend on the input (a parameter or constant)"
+        if shape_of(ends[0]) is None or shape_of(ends[0]) != shape_of(ends[1]):
+            return f"add has operands of shapes {shape_of(ends[0])} and {shape_of(ends[1])}"
+        if self.roles[node] == "head":
+            return "add merges two heads, after the map is given up"
+        fork, needed = _fork(self.flow, ends[0], ends[1])
+        if fork is None or shape_of(fork) is None:
+            return "add has operands that come from no common tensor"
+        ways = [
+            _distances(self.flow, fork, end, [n for n in needed if needed[n] & bit])
+            for end, bit in zip(ends, (1, 2), strict=True)
+        ]
+        sides = [frozenset(way) - {fork} for way in ways]
+        if self._merges_resolutions(node, sides):
+            return "add merges different resolutions: an operand is upsampled on its way from the fork"
+        # An inner sum from the same fork is one more way only (three branches written as two additions).
+        streams = [any(self.residual.get(n, fork) is not fork for n in side) for side in sides]
+        return _oriented(node, fork, sides, [way[end] for way, end in zip(ways, ends, strict=True)], streams)
+
+    def _merges_resolutions(self, node: fx.Node, sides: list[frozenset[fx.Node]]) -> bool:
+        inside = sides[0] | sides[1] | {node}
+        if not any(kind_of(n) in ("upsample", "conv_transpose") for n in inside):
+            return False
+        closed = all(user in inside for side in sides for n in side for user in self.flow.users[n])
+        return not closed or self.roles[node] == "decoder"
 
 
-def _judge(
-    flow: Dataflow, node: fx.Node, fork: fx.Node, sides: tuple[dict[fx.Node, int], ...], residual: set[fx.Node]
+def _oriented(
+    node: fx.Node, fork: fx.Node, sides: list[frozenset[fx.Node]], weights: list[int], streams: list[bool]
 ) -> Region | str:
-    """`sides` holds, per operand, the nodes from the fork (included) to it with their weighted distance."""
-    weights = [side[operand] for side, operand in zip(sides, node.args[:2], strict=True)]  # type: ignore[index]
-    inner = [frozenset(side) - {fork} for side in sides]
+    """Tell branch from shortcut by `weights`; `streams` says which side has residual blocks of its own."""
     if not any(weights):
         return "add has no weighted operation between its operands and their fork"
-    if any(kind_of(n) in ("upsample", "conv_transpose") for side in inner for n in side):
-        return "add merges different resolutions: an operand is upsampled on its way from the fork"
-    equal = weights[0] == weights[1]
-    lesser = int(weights[1] < weights[0])
-    if inner[lesser] & residual or (equal and inner[1] & residual):
+    shortcut = weights.index(min(weights)) if weights[0] != weights[1] else None
+    if any(streams) if shortcut is None else streams[shortcut]:
         return "add merges two streams that each have residual blocks of their own"
-    if equal:
-        if not all(any(kind_of(n) in _MIXING for n in side) for side in inner):
-            return "add has operands of equal weight, not both with a convolution or linear layer"
-        return Region(node, Join(fork, (0, 1), None), inner[0] | inner[1], frozenset())
-    return Region(node, Join(fork, (1 - lesser,), lesser), inner[1 - lesser], inner[lesser])
+    if shortcut is not None:
+        return Region(node, Join(fork, (1 - shortcut,), shortcut), sides[1 - shortcut], sides[shortcut])
+    if not all(any(kind_of(n) in _MIXING for n in side) for side in sides):
+        return "add has operands of equal weight, not both with a convolution or linear layer"
+    return Region(node, Join(fork, (0, 1), None), sides[0] | sides[1], frozenset())
 
 
 def _fork(flow: Dataflow, left: fx.Node, right: fx.Node) -> tuple[fx.Node | None, dict[fx.Node, int]]:

@@ -48,7 +48,7 @@ def _change(flow: Dataflow, spaces: dict[fx.Node, Space], node: fx.Node) -> int:
     """1 where a node halves its map, -1 where it enlarges it, else 0."""
     if not flow.inputs[node]:
         return 0
-    before, after = spaces[main_input(node, flow.inputs[node])], spaces[node]
+    before, after = spaces[main_input(node, flow.inputs[node], spaces)], spaces[node]
     if kind_of(node) in ("upsample", "conv_transpose"):
         return -1 if after.reduction < before.reduction else 0
     return int(after.level > before.level)

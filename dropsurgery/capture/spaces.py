@@ -54,23 +54,29 @@ def find_spaces(flow: Dataflow) -> dict[fx.Node, Space]:
     return spaces
 
 
-def main_input(node: fx.Node, inputs: list[fx.Node]) -> fx.Node:
+def main_input(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space]) -> fx.Node:
     """The input whose map a node goes on with: the query of an attention, else the largest (not a gate)."""
     if node.target in _ATTENTION or isinstance(node.meta.get("module"), nn.MultiheadAttention):
         return inputs[0]
-    return max(inputs, key=lambda source: math.prod(shape_of(source) or ()))
+    return max(
+        inputs, key=lambda source: (math.prod(shape_of(source) or ()), spaces[source].axis is not None)
+    )
 
 
 def _of_input(node: fx.Node, root: fx.Node) -> Space:
     shape, whole = shape_of(node) or (), shape_of(root) or ()
     if len(shape) < 3:
         return Space(len(shape) - 1 if len(shape) == 2 else None, None, 1.0, 0)
-    shrunk = max(1.0, whole[-1] / shape[-1]) if len(whole) == len(shape) else 1.0  # a part inside an opaque module
+    shrunk = (
+        max(1.0, whole[-1] / shape[-1]) if len(whole) == len(shape) else 1.0
+    )  # a part inside an opaque module
     return Space(1, shape[2:], shrunk, round(math.log2(shrunk)))
 
 
-def _follow(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space], whole: tuple[int, ...]) -> Space:
-    source = main_input(node, inputs)
+def _follow(
+    node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space], whole: tuple[int, ...]
+) -> Space:
+    source = main_input(node, inputs, spaces)
     before, shape = spaces[source], shape_of(node)
     gone = all(spaces[each].collapsed for each in inputs)
     if shape is None:
@@ -91,8 +97,9 @@ def _resize(node: fx.Node, space: Space, size: tuple[int, ...], pools: bool) -> 
     before = space.size or size
     down = max(old / new for old, new in zip(before, size, strict=True))
     up = max(new / old for old, new in zip(before, size, strict=True))
-    if down >= 1.5 and up >= 1.5:
-        return space  # tokens by heads, not a map
+    enlarges = kind_of(node) in ("upsample", "conv_transpose") or node.target in _RESHAPES
+    if up >= 1.5 and (down >= 1.5 or not enlarges):
+        return space  # no map: tokens by heads, or attention weights that a convolution mixes
     pooled = all(extent == 1 for extent in size)
     # A convolution over the whole map is the first fully connected layer of older nets.
     pools = pools or (pooled and kind_of(node) == "conv" and space.level > 0 and down > 4)
@@ -101,14 +108,14 @@ def _resize(node: fx.Node, space: Space, size: tuple[int, ...], pools: bool) -> 
         halvings = 0 if pools else round(math.log2(round(down)))
         return replace(space, reduction=space.reduction * round(down), level=space.level + halvings)
     if up >= 1.5:
-        doublings = 0 if kind_of(node) == "mul" else round(math.log2(round(up)))
+        doublings = round(math.log2(round(up)))
         return replace(space, reduction=space.reduction / round(up), level=space.level - doublings)
     return space
 
 
 def _axis(node: fx.Node, axis: int | None, old: tuple[int, ...] | None, new: tuple[int, ...]) -> int | None:
     kind, last = kind_of(node), len(new) - 1
-    if kind in ("conv", "conv_transpose"):
+    if kind in ("conv", "conv_transpose", "upsample", "pool"):
         return 1 if len(new) > 2 else None
     if kind == "linear" or isinstance(node.meta.get("module"), nn.Embedding):
         return last

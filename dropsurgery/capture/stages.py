@@ -12,8 +12,8 @@ How stages are numbered:
    to the join; all further nodes before the next block belong to the next stage, if one begins there: downsampling
    layers of ConvNeXt and Swin, blocks of EfficientNet that halve and so have no shortcut.
 4. Level 2 (reduction 4) is stage 1 in nets that go down to reduction 32, and residual blocks before it are still
-   stem (EfficientNet, MobileNet). Nets that end earlier (made for small images), or whose first residual block comes
-   only at reduction 16 (LeViT), count from the level of their first residual block.
+   stem (EfficientNet, MobileNet). Nets that end earlier (made for small images), or whose body begins only at
+   reduction 16 (LeViT), count from the level of their first residual block.
 5. Nets whose body has one level only (ViT, Mixer) have no stages; decoders and heads neither.
 """
 
@@ -116,7 +116,7 @@ class _Backbone:
         for node in self.nodes:
             if node in self.home or not self.flow.inputs[node] or self.flow.weighted(node):
                 continue
-            source = main_input(node, self.flow.inputs[node])
+            source = main_input(node, self.flow.inputs[node], self.spaces)
             if source in ends and self.spaces[source].size == self.spaces[node].size:
                 self.home[node] = self.home[source]
                 ends.add(node)
@@ -147,13 +147,17 @@ class _Backbone:
         """The stage of every node; the module's docstring has the rule."""
         start = self._body_start()
         levels = {node: self.level(node) for node in self.nodes}
-        body = [levels[node] for node in self.nodes if self.flow.order[node] >= start]
+        body = [
+            levels[node] for node in self.nodes if self.flow.order[node] >= start and self.flow.inputs[node]
+        ]
         if not body or min(body) == max(body):
             return dict.fromkeys(self.nodes, None)
-        first = min(self.levels) if self.levels else min(body)
-        base = 1 if max(body) >= 5 and first <= 3 and (first >= 1 or not self.levels) else first - bool(self.levels)
+        first = min(self.levels) if self.levels else min(body) + 1
+        classic = max(body) >= 5 and min(body) <= 3 and (first >= 1 or not self.levels)
+        base = 1 if classic else first - 1
         return {
-            node: max(0, level - base) if self.flow.order[node] >= start else 0 for node, level in levels.items()
+            node: max(0, level - base) if self.flow.order[node] >= start else 0
+            for node, level in levels.items()
         }
 
     def _body_start(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,15 @@ class FlatView:
     opaque: tuple[Opaque, ...]
 
 
-def flat_view(root: Call) -> FlatView:
-    """Inline all levels of a recorded call."""
-    builder = _Builder()
+def flat_view(root: Call, *, inline: Callable[[Level], bool] | None = None) -> FlatView:
+    """Inline the levels of a recorded call.
+
+    Args:
+        root: what was recorded.
+        inline: whether a level may be inlined; what may not stays one `call_module` node. By default all are but
+            the silent stochastic layers, and the children of opaque modules follow as components of their own.
+    """
+    builder = _Builder(inline)
     builder.top(root)
     builder.graph.lint()
     return FlatView(builder.graph, builder.levels, tuple(builder.opaque))
@@ -45,7 +52,9 @@ def fact_of(value: Any) -> Any:
 
 
 class _Builder:
-    def __init__(self) -> None:
+    def __init__(self, inline: Callable[[Level], bool] | None) -> None:
+        self._may_inline = inline or _speaks
+        self._components = inline is None
         self.graph = fx.Graph()
         self.levels: dict[str, list[Level]] = {}
         self.opaque: list[Opaque] = []
@@ -56,7 +65,8 @@ class _Builder:
         if isinstance(call, Level):
             inputs = {}
             for node in call.graph.find_nodes(op="placeholder"):
-                inputs[node] = self._copy(node, "placeholder", node.target.lstrip("*"), (), {}, call.path)
+                name = node.target if self._result is None else node.target.lstrip("*")
+                inputs[node] = self._copy(node, "placeholder", name, node.args, {}, call.path)
                 inputs[node].meta["component"] = call.path
             result = self._inline(call, inputs)
         else:
@@ -90,16 +100,16 @@ class _Builder:
         return result
 
     def _call(self, call: Call, node: fx.Node | None, owner: str, args: Any, kwargs: Any) -> Any:
-        if isinstance(call, Level) and not _silent(call):
+        if isinstance(call, Level) and self._may_inline(call):
             return self._inline(call, _bind(call, args, kwargs))
         made = self._copy(node, "call_module", call.path, args, kwargs, owner)
         made.meta.update(path=call.path, module=call.module)
-        if isinstance(call, Level) or isinstance(call.module, (_DropoutNd, nn.Identity)):
+        if isinstance(call.module, (_DropoutNd, nn.Identity)) or (isinstance(call, Level) and not _speaks(call)):
             made.meta["identity"] = True
         if isinstance(call, Opaque):
             made.meta["opaque"] = True
             self.opaque.append(call)
-            for component in call.components:
+            for component in call.components if self._components else ():
                 self.top(component)
         return made
 
@@ -121,11 +131,11 @@ class _Builder:
             names[made.meta["path"]] += 1
 
 
-def _silent(level: Level) -> bool:
-    """Whether a module does nothing but hand its input on in eval, and looks at its mode: a stochastic layer."""
+def _speaks(level: Level) -> bool:
+    """Not a stochastic layer: one that looks at its mode, and in eval does nothing but hand its input on."""
     (output,) = level.graph.find_nodes(op="output")
     first = next(iter(level.graph.nodes))
-    return level.reads_training and output.args[0] is first and first.op == "placeholder"
+    return not (level.reads_training and output.args[0] is first and first.op == "placeholder")
 
 
 def _resolve(tree: Any, env: dict[fx.Node, Any]) -> Any:

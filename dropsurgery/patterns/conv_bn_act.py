@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dropsurgery.matching import Pattern, after, into, ops
+from dropsurgery.matching import Pattern, After, Into, ops
 
 PATTERN = Pattern(
     "conv_bn_act",
     forms=[ops(conv="conv", norm="norm", act="activation"), ops(conv="conv", act="norm_act")],
-    edges={"output": after("act"), "conv": after("conv"), "norm": after("norm"), "input": into("conv")},
+    edges={"output": After("act"), "conv": After("conv"), "norm": After("norm"), "input": Into("conv")},
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dropsurgery.matching import Match, Miss, Pattern, after, ops
+from dropsurgery.matching import Match, Miss, Pattern, After, ops
 from dropsurgery.records import Edge
 
 
@@ -27,6 +27,6 @@ def _shortcut(match: Match) -> tuple[Edge, ...] | Miss:
 PATTERN = Pattern(
     "residual_add",
     forms=[ops(add="add")],
-    edges={"branch": _branch, "shortcut": _shortcut, "output": after("add")},
+    edges={"branch": _branch, "shortcut": _shortcut, "output": After("add")},
     check=_is_join,
 )

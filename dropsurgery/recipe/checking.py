@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dropsurgery import catalogue
 from dropsurgery.kinds import KINDS
+from dropsurgery.matching import chain
 
 from .arguments import ADOPT, check_arguments, mismatch, suggestion
 from .models import Entry, Scale, Where
@@ -19,7 +20,6 @@ from .selection import PathPattern, explodes
 
 Model = TypeVar("Model", bound=BaseModel)
 _NESTED: dict[str, type[BaseModel]] = {"where": Where, "scale": Scale}
-CHAIN_EDGES = ("output", "input")  # of a pattern that a recipe declares
 
 _EXPECTED = {
     "string_type": "a text",
@@ -79,16 +79,14 @@ class EntryChecker:
         self.chains, self.problems = chains, problems
         self.patterns = [*catalogue.names("patterns"), *chains]
         self.regularizers = [*catalogue.names("regularizers"), ADOPT]
-        for name, chain in chains.items():
+        for name, kinds in chains.items():
             if name in catalogue.names("patterns"):
-                problems.add(
-                    chain.place, f"the catalogue has a pattern {shown(name)} already; choose another name"
-                )
-            for kind in chain.value if isinstance(chain.value, list) else ():
+                text = f"the catalogue has a pattern {shown(name)} already; choose another name"
+                problems.add(kinds.place, text)
+            for kind in kinds.value if isinstance(kinds.value, list) else ():
                 if isinstance(kind.value, str) and kind.value not in KINDS:
-                    problems.add(
-                        kind.place, f"no kind of node {shown(kind.value)}; {suggestion(kind.value, KINDS)}"
-                    )
+                    text = f"no kind of node {shown(kind.value)}; {suggestion(kind.value, KINDS)}"
+                    problems.add(kind.place, text)
 
     def check(self, node: Node) -> Entry | None:
         """One merged entry as a record, or None where `problems` tell why not."""
@@ -130,9 +128,8 @@ class EntryChecker:
         self._check_edge(pattern, edge.value, place, edge.place)
 
     def _check_not_on(self, node: Node) -> None:
-        found = node.find(("where", "not_on"))
-        if found is node or found.is_mapping:
-            return
+        where = node.value.get("where", Node({}))
+        found = where.value.get("not_on", Node([])) if where.is_mapping else Node([])
         for item in found.value if isinstance(found.value, list) else [found]:
             if isinstance(item.value, str) and all(item.value.rpartition(".")):
                 pattern, _, edge = item.value.rpartition(".")
@@ -144,10 +141,18 @@ class EntryChecker:
         if pattern not in self.patterns:
             self.problems.add(place, f"no pattern {shown(pattern)}; {suggestion(pattern, self.patterns)}")
             return
-        edges = CHAIN_EDGES if pattern in self.chains else catalogue.load("patterns", pattern).edges
-        if isinstance(edge, str) and edge not in edges:
+        edges = self._edges(pattern)
+        if isinstance(edge, str) and edges is not None and edge not in edges:
             hint = suggestion(edge, list(edges), "its edges are")
             self.problems.add(edge_place, f"{pattern} has no edge {shown(edge)}; {hint}")
+
+    def _edges(self, pattern: str) -> Iterable[str] | None:
+        """The names of a pattern's edges; None for a declared chain that is wrong itself."""
+        if pattern not in self.chains:
+            return cast(Iterable[str], catalogue.load("patterns", pattern).edges)
+        kinds = self.chains[pattern].plain()
+        fine = isinstance(kinds, list) and all(isinstance(kind, str) and kind in KINDS for kind in kinds)
+        return chain(pattern, kinds).edges if fine and kinds else None
 
     def _arguments(self, node: Node) -> dict[str, Any] | None:
         insert, given = node.value.get("insert"), node.value.get("with", Node({}, node.place))

@@ -124,10 +124,9 @@ class _Loader:
         node = source.node
         if not node.is_mapping:
             refuse(node.place, f"expected a mapping with version: and entries:, got {shown(node.plain())}")
-        if "clock" in (
-            clock := {key: value for key, value in self.overrides if not above and key == "clock"}
-        ):
-            node = replace(node, value={**node.value, **clock})
+        clock = [value for key, value in self.overrides if key == "clock"]
+        if clock and not above:
+            node = replace(node, value={**node.value, "clock": clock[-1]})
         header = validate(RecipeFile, node, self.problems)
         for child in _items(node, "include"):
             if isinstance(child.value, str):
@@ -143,16 +142,14 @@ class _Loader:
         if not _has_slash(name):
             found = self.open_bundled(name, place)
         elif source.path is None:
-            return self.problems.add(
-                place, "only a recipe in a file includes by path; use a bundled recipe's name"
-            )
+            refuse(place, "only a recipe in a file includes by path; use a bundled recipe's name")
         else:
             path = _below(source.path.parent, name, place)
-            found = self.read(path, os.path.join(os.path.dirname(source.node.place.source), name))
+            folder = os.path.dirname(source.node.place.source)
+            found = self.read(path, os.path.normpath(os.path.join(folder, name)))
         if found.path in above:
-            return self.problems.add(place, f"{shown(name)} includes itself in a circle")
+            refuse(place, f"{shown(name)} includes itself in a circle")
         self.gather(found, above)
-        return None
 
     def add_entries(self, node: Node) -> None:
         defaults = node.value.get("defaults", Node({}))
@@ -180,7 +177,13 @@ class _Loader:
 
     def override_entries(self) -> None:
         for key, value in self.overrides:
-            if key == "clock" or key.startswith("defaults."):
+            if key == "clock":
+                continue
+            if key.startswith("defaults."):
+                if not any(_comes_from(entry, value.place) for entry in self.entries.values()):
+                    self.problems.add(
+                        value.place, "no entry takes this from the defaults; override the entries"
+                    )
                 continue
             names = [name for name in self.entries if key.startswith(f"{name}.")]
             if not names:
@@ -245,6 +248,14 @@ def _named(entry: Node) -> Node:
     return replace(entry, value={"name": name, **entry.value})
 
 
+def _comes_from(node: Node, place: Place) -> bool:
+    """Whether `node`, or something in it, was written at `place`."""
+    if node.place == place:
+        return True
+    children = node.value.values() if node.is_mapping else node.value if isinstance(node.value, list) else ()
+    return any(_comes_from(child, place) for child in children)
+
+
 def _read_overrides(
     overrides: Mapping[str, Any] | Sequence[str], problems: Problems
 ) -> list[tuple[str, Node]]:
@@ -273,7 +284,14 @@ def _read_overrides(
         if isinstance(overrides, Mapping):
             read.append((key, read_plain(value, place, problems, budget)))
         else:
-            read.append((key, read_yaml(value.encode(errors="surrogatepass"), place, problems, budget)))
+            read.append(
+                (
+                    key,
+                    read_yaml(
+                        (value.strip() or "null").encode(errors="surrogatepass"), place, problems, budget
+                    ),
+                )
+            )
     return read
 
 

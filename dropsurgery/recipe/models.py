@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -33,6 +33,10 @@ def _parse_include(value: object) -> tuple[str, ...]:
             f"expected the name of a recipe or a path below this file's folder, got {shown(value)}"
         )
     return tuple(items)
+
+
+def _from_digits(key: object) -> object:
+    return int(key) if isinstance(key, str) and key.isdecimal() else key  # JSON has text keys only
 
 
 def _one_or_more(item: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +104,7 @@ Expect = Annotated[
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\S([^\n\t]*\S)?$")]
 Factor = Annotated[float, Field(ge=0)]
 RoleName = Literal["backbone", "encoder", "decoder", "skip", "head"]
-Stage = Annotated[
-    int, BeforeValidator(lambda key: int(key) if isinstance(key, str) and key.isdecimal() else key)
-]
+Stage = Annotated[int, BeforeValidator(_from_digits), Field(ge=0)]
 Chain = Annotated[
     tuple[Name, ...],
     BeforeValidator(lambda kinds: tuple(kinds) if isinstance(kinds, list) else kinds),
@@ -186,15 +188,18 @@ class Where(Strict):
 class Scale(Strict):
     """Factors on an entry's rates by a fact of the site; a site that no key names keeps its rate."""
 
-    stage: dict[Stage, Factor] = Field(default_factory=dict)
+    stage: dict[Stage, Factor] = Field(
+        default_factory=dict, json_schema_extra={"propertyNames": {"pattern": r"^\d+$"}}
+    )
     """Factor per stage, such as {3: 0.25}."""
     role: dict[RoleName, Factor] = Field(default_factory=dict)
     """Factor per part of the model."""
 
     def factor(self, site: Site) -> float:
         """What multiplies the rates at this site."""
-        by_stage = self.stage.get(site.stage, 1.0) if site.stage is not None else 1.0
-        return by_stage * (self.role.get(site.role, 1.0) if site.role is not None else 1.0)
+        by_stage: Mapping[Any, float] = self.stage
+        by_role: Mapping[Any, float] = self.role
+        return by_stage.get(site.stage, 1.0) * by_role.get(site.role, 1.0)
 
     @property
     def largest(self) -> float:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
@@ -29,7 +29,7 @@ from ruamel.yaml.events import (
 from dropsurgery.errors import RecipeError
 
 MAX_BYTES = 64 * 1024  # of one load, its includes counted; the longest bundled recipe has 2 kB
-MAX_VALUES = 10_000
+MAX_VALUES = 2_000
 MAX_DEPTH = 16
 MAX_TEXT = 2_000
 
@@ -60,11 +60,14 @@ class Place:
         position = f"{self.source}:{self.line}:{self.column}" if self.line else self.source
         return " ".join(filter(None, (position, self.path)))
 
+    def line_about(self, text: str) -> str:
+        """`dropblock.yaml:9:12 entries[0].with.p: text`."""
+        return f"{self}: {text}" if str(self) else text
+
     def inside(self, key: str | int, *, in_list: bool = False) -> Place:
         """The place of the child `key`, at the parent's line and column until its own are known."""
-        if in_list:
-            return replace(self, path=f"{self.path}[{key}]")
-        return replace(self, path=f"{self.path}.{key}" if self.path else str(key))
+        child = f"[{key}]" if in_list else f".{key}" if self.path else str(key)
+        return Place(self.source, self.path + child, self.line, self.column)
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,10 @@ class Node:
         """The node at `path`, or the deepest one on the way that exists."""
         node = self
         for key in path:
-            if (isinstance(node.value, dict) and key in node.value) or (
-                isinstance(node.value, list) and isinstance(key, int) and key < len(node.value)
-            ):
-                node = node.value[key]
-            else:
+            known = range(len(node.value)) if isinstance(node.value, list) else node.value
+            if not isinstance(known, dict | range) or key not in known:
                 break
+            node = node.value[key]
         return node
 
 
@@ -112,8 +113,7 @@ class Problems:
 
     def add(self, place: Place, text: str) -> None:
         """Note that `text` is wrong at `place`; the same line twice counts once."""
-        where = str(place)
-        self._lines[f"{where}: {text}" if where else text] = None
+        self._lines[place.line_about(text)] = None
 
     def check(self) -> None:
         """Raise one RecipeError with all problems, if there are any."""
@@ -138,11 +138,9 @@ class Budget:
             refuse(place, f"a recipe has at most {MAX_VALUES} values, aliases and includes counted each time")
 
 
-def refuse(place: Place, text: str) -> None:
+def refuse(place: Place, text: str) -> NoReturn:
     """Give up at once: reading on would be unsafe or senseless."""
-    problems = Problems()
-    problems.add(place, text)
-    problems.check()
+    raise RecipeError(place.line_about(text))
 
 
 def read_yaml(content: bytes, place: Place, problems: Problems, budget: Budget) -> Node:
@@ -150,9 +148,8 @@ def read_yaml(content: bytes, place: Place, problems: Problems, budget: Budget) 
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{place}: expected YAML text in UTF-8, got a byte that is not at {error.start}"
-        ) from None
+        raise RecipeError(f"{place}: expected YAML text in UTF-8, got other bytes at {error.start}") from None
+    _check_nesting(text, place)
     return _Builder(text, place, problems, budget).document()
 
 
@@ -199,6 +196,15 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _check_nesting(text: str, place: Place) -> None:
+    """A bound that is cheap and far too high: the parser's work grows with the square of open brackets."""
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > 16 * MAX_DEPTH:
+            refuse(place, f"nested more than {MAX_DEPTH} deep")
+
+
 def _check_text(value: object, place: Place, problems: Problems) -> None:
     if not isinstance(value, str):
         return
@@ -231,16 +237,19 @@ class _Builder:
             return next(self.events)
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            place = replace(self.place, line=mark.line + 1, column=mark.column + 1) if mark else self.place
+            place = self.at(mark, self.place) if mark else self.place
             told = " ".join(filter(None, (error.context, error.problem)))
         except Exception as error:  # on text that is no YAML at all the parser fails in many ways
             place, told = self.place, str(error).partition("\n")[0]
         raise RecipeError(f"{place}: not valid YAML: {told[:200]!a}")
 
     def mark(self, event: Any, place: Place) -> Place:
+        return self.at(event.start_mark, place)
+
+    def at(self, mark: Any, place: Place) -> Place:
         if self.place.path:  # a value of an override: its lines are of no interest
             return place
-        return replace(place, line=event.start_mark.line + 1, column=event.start_mark.column + 1)
+        return Place(place.source, place.path, mark.line + 1, mark.column + 1)
 
     def node(self, event: Any, place: Place, depth: int) -> Node:
         place = self.mark(event, place)

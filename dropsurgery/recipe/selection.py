@@ -94,7 +94,7 @@ class PathPattern:
 
 
 def explodes(patterns: Iterable[PathPattern], seconds: float = 0.3) -> list[PathPattern]:
-    """The expressions that do not come to an end (all within `seconds`) on long texts of their own letters."""
+    """The expressions that do not come to an end (all within `seconds`) on texts of their own letters."""
     deadline = monotonic() + seconds
     return [
         pattern

@@ -1,4 +1,4 @@
-"""What every regularizer is: a Module whose rates are buffers, off at rate 0, that gets its facts when built."""
+"""What every regularizer is: a Module whose rates are buffers, off at rate 0, told its facts by `build`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def check_rate(name: str, value: object) -> float:
 
 def rate_tensor(p: float | Tensor, device: torch.device) -> Tensor:
     """Return `p` as a 0-dim tensor; a SurgeryError if it is a number out of [0, 1] (tensors are not read)."""
-    return p if isinstance(p, Tensor) else torch.tensor(check_rate("p", p), dtype=torch.float32, device=device)
+    return (
+        p if isinstance(p, Tensor) else torch.tensor(check_rate("p", p), dtype=torch.float32, device=device)
+    )
 
 
 class Regularizer(nn.Module):
@@ -52,7 +54,7 @@ class Regularizer(nn.Module):
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     eval_rule: str = "identity"
-    channel_axis: int | None = 1
+    channel_axis: int = 1
     site_id: str = ""
     context: Keys | None = None
     forced: bool = False
@@ -71,15 +73,18 @@ class Regularizer(nn.Module):
         return (self.training or self.forced) and self._nonzero
 
     def set_rate(self, name: str, value: float) -> None:
-        """Set the rate `name` to `value` in [0, 1]; in place, so that a compiled model need not be compiled again."""
+        """Set the rate `name` to `value` in [0, 1], in place: a compiled model need not be compiled again."""
         require(name in self._rates, "rate", f"one of {sorted(self._rates)}", name)
         self._rates[name] = check_rate(name, value)
         self.get_buffer(name).fill_(value)
         self._nonzero = any(self._rates.values())
 
-    def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
+    def build(
+        self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str
+    ) -> None:
         """Take the facts of the site; a SurgeryError says why this regularizer cannot work there."""
-        self.channel_axis = channel_axis
+        if channel_axis is not None:
+            self.channel_axis = channel_axis
         self.site_id = site_id
 
     def expected_drop(self, shape: tuple[int, ...]) -> float:
@@ -105,7 +110,7 @@ class Regularizer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Regularizer:
         # `.half()`, `.to(dtype)` and the like move the rates, and leave their dtype and value alone.
         before = {name: self.get_buffer(name) for name in self._rates}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, rate in before.items():
             self._buffers[name] = rate.to(self.get_buffer(name).device)
         return self

@@ -1,7 +1,7 @@
 """What a seed probability covers, in closed form: the expected drop share, and the probability that gives it.
 
-On an axis of F cells with blocks of k, position i is covered by the seeds of a_i = min(i, F-k) - max(0, i-k+1) + 1
-positions; on a map, n_ij = a_i * b_j, and the cell is dropped with probability 1 - (1 - gamma)^n_ij.
+On an axis of F cells with blocks of k, cell i is covered by a_i = min(i, F-k) - max(0, i-k+1) + 1 positions
+of the seed; on a map by n_ij = a_i * b_j, so that it is dropped with probability 1 - (1 - gamma)^n_ij.
 """
 
 from __future__ import annotations

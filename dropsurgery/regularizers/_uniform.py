@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 def uniform(shape: Sequence[int], device: torch.device, key: Tensor | None) -> Tensor:
-    """Return float32 numbers in [0, 1) of `shape`; the same ones for the same `key` (0-dim int64, on the CPU)."""
+    """Return float32 numbers in [0, 1) of `shape`; the same for the same `key` (0-dim int64 on the CPU)."""
     # Float32 whatever the input is: in bfloat16, P(u < 0.0008) is three times what it should be.
     if key is None:
         return torch.rand(shape, device=device, dtype=torch.float32)
-    return keyed_uniform(shape, device, key)
+    numbers: Tensor = keyed_uniform(shape, device, key)
+    return numbers
 
 
 # The key is read on the host, which a captured CUDA graph would do only once.
@@ -36,7 +37,7 @@ def _(shape: Sequence[int], device: torch.device, key: Tensor) -> Tensor:
 def keep_scale(
     shape: Sequence[int], p: Tensor, like: Tensor, key: Tensor | None, *, rescale: bool = True
 ) -> Tensor:
-    """Return a factor of `shape` in the dtype of `like`: 0 with probability `p`, else 1 / (1 - p) (1: no rescale)."""
+    """Return a factor of `shape`, in the dtype of `like`: 0 with probability `p`, else 1 / (1 - p) or 1."""
     kept = uniform(shape, like.device, key) >= p
     # At p = 1 nothing is kept, and the scale only has to be finite.
     scale = 1 / (1 - p).clamp(min=torch.finfo(p.dtype).tiny) if rescale else torch.ones_like(p)

@@ -2,17 +2,17 @@
 
     x (B, C, H, W) → x * M * numel(M) / sum(M)      M = 0 in blocks of k x k, 1 elsewhere
 
-As in the authors' code (tensorflow/tpu, resnet_model.py): seeds lie where their block is wholly inside of the map,
-each channel has its own, a block larger than the map is cut down to it (and then drops whole channels), and one
-scale, in float32, holds for the whole mask. The paper's keep_prob is 1 - p. With the paper's gamma the expected
-drop share is at most p (at 14x14, k = 7, p = 0.1: 0.093); `gamma: exact` solves for p.
+As in the authors' code (tensorflow/tpu, resnet_model.py): seeds lie where their block is wholly inside of
+the map, each channel has its own, a block larger than the map is cut down to it (and then drops whole
+channels), and one scale, in float32, holds for the whole mask. The paper's keep_prob is 1 - p. With the
+paper's gamma the expected drop share is at most p (at 14x14, k = 7, p = 0.1: 0.093); `gamma: exact` solves
+for p.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
@@ -20,7 +20,12 @@ from torch import Tensor
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._blocks import drop_blocks
-from dropsurgery.regularizers._coverage import exact_probability, expected_share, paper_factor, seed_probability
+from dropsurgery.regularizers._coverage import (
+    exact_probability,
+    expected_share,
+    paper_factor,
+    seed_probability,
+)
 from dropsurgery.regularizers._uniform import uniform
 
 Gamma = Literal["paper", "exact"]
@@ -53,10 +58,12 @@ def drop_block(
         SurgeryError: `x` is not of rank 4, or an argument is out of range.
     """
     require(x.dim() == 4, "input of drop_block", "4 dimensions (B, C, H, W) or (B, H, W, C)", tuple(x.shape))
+    _check(block_size, gamma, clamp)
     rate = rate_tensor(p, x.device)
     maps = x if channel_axis in (1, -3) else x.movedim(channel_axis, 1)
     block = _block(maps.shape[2:], block_size, clamp)
     exact = gamma == "exact"
+    y: Tensor
     if x.device.type == "cpu":
         y = drop_blocks(maps, rate, key, block, share_channels, exact, True)[0]
     else:
@@ -65,7 +72,7 @@ def drop_block(
 
 
 class DropBlock(Regularizer):
-    """`drop_block` as a layer: on maps (B, C, H, W), or (B, H, W, C) where `build` says so; identity in eval."""
+    """`drop_block` as a layer, on (B, C, H, W), or (B, H, W, C) where `build` says so; identity in eval."""
 
     paper = "Ghiasi, Lin, Le: DropBlock, NeurIPS 2018, arXiv:1810.12890"
     summary = "drops contiguous blocks of each feature map"
@@ -74,6 +81,8 @@ class DropBlock(Regularizer):
         {"p": 0.3, "block_size": 2, "gamma": "exact"},
         {"p": 0.2, "block_size": 3, "share_channels": True, "clamp": "square"},
     )
+
+    p: Tensor
 
     def __init__(
         self,
@@ -84,17 +93,16 @@ class DropBlock(Regularizer):
         clamp: Clamp = "dimension",
     ) -> None:
         super().__init__(p=p)
-        is_size = isinstance(block_size, int) and not isinstance(block_size, bool) and block_size >= 1
-        require(is_size, "block_size", "an integer of 1 or more", block_size)
+        _check(block_size, gamma, clamp)
         require(isinstance(share_channels, bool), "share_channels", "true or false", share_channels)
-        require(gamma in ("paper", "exact"), "gamma", "'paper' or 'exact'", gamma)
-        require(clamp in ("dimension", "square"), "clamp", "'dimension' or 'square'", clamp)
         self.block_size = block_size
         self.share_channels = share_channels
         self.gamma = gamma
         self.clamp = clamp
 
-    def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
+    def build(
+        self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str
+    ) -> None:
         """Take the facts; a SurgeryError unless the tensor is a batch of maps whose channel axis is known."""
         if len(shape) != 4:
             raise SurgeryError(
@@ -102,7 +110,9 @@ class DropBlock(Regularizer):
                 f"{shape}, which has no rows and columns; use dropout there"
             )
         if channel_axis is None:
-            raise SurgeryError(f"dropblock at {site_id}: expected a known channel axis, got none for shape {shape}")
+            raise SurgeryError(
+                f"dropblock at {site_id}: expected a known channel axis, got none for shape {shape}"
+            )
         super().build(channel_axis=channel_axis, channels=channels, shape=shape, site_id=site_id)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,13 +134,26 @@ class DropBlock(Regularizer):
         """Return the expected share of dropped cells for maps of `shape`, in closed form."""
         size = tuple(shape[2:] if self.channel_axis == 1 else shape[1:3])
         block = _block(size, self.block_size, self.clamp)
-        return expected_share(seed_probability(self._rates["p"], size, block, self.gamma == "exact"), size, block)
+        return expected_share(
+            seed_probability(self._rates["p"], size, block, self.gamma == "exact"), size, block
+        )
 
     def extra_repr(self) -> str:
         """Return the rate, the block size, and the options that differ from the authors'."""
         options = {"share_channels": False, "gamma": "paper", "clamp": "dimension"}
-        changed = [f"{name}={getattr(self, name)!r}" for name, usual in options.items() if getattr(self, name) != usual]
+        changed = [
+            f"{name}={getattr(self, name)!r}"
+            for name, usual in options.items()
+            if getattr(self, name) != usual
+        ]
         return ", ".join([super().extra_repr(), f"block_size={self.block_size}", *changed])
+
+
+def _check(block_size: int, gamma: Gamma, clamp: Clamp) -> None:
+    is_size = isinstance(block_size, int) and not isinstance(block_size, bool) and block_size >= 1
+    require(is_size, "block_size", "an integer of 1 or more", block_size)
+    require(gamma in ("paper", "exact"), "gamma", "'paper' or 'exact'", gamma)
+    require(clamp in ("dimension", "square"), "clamp", "'dimension' or 'square'", clamp)
 
 
 def _block(size: tuple[int, ...], block_size: int, clamp: Clamp) -> list[int]:
@@ -148,8 +171,7 @@ def _drop_block(
     gamma = exact_probability(p, x.shape[2:], block) if exact else p * paper_factor(x.shape[2:], block)
     region = (batch, 1 if share_channels else channels, height - kh + 1, width - kw + 1)
     seeds = (uniform(region, x.device, key) < gamma).float()
-    dropped = F.max_pool2d(F.pad(seeds, (kw - 1, kw - 1, kh - 1, kh - 1)), (kh, kw), stride=1) > 0
-    kept = dropped.numel() - dropped.sum()
-    # With nothing kept all is masked, and the scale only has to be finite.
-    scale = dropped.numel() / kept.clamp(min=1)
-    return (x * scale.to(x.dtype)).masked_fill(dropped, 0)
+    kept = F.max_pool2d(F.pad(seeds, (kw - 1, kw - 1, kh - 1, kh - 1)), (kh, kw), stride=1) == 0
+    # With nothing kept all is zero anyway, and the scale only has to be finite.
+    scale = kept.numel() / kept.sum().clamp(min=1)
+    return x * scale.to(x.dtype) * kept  # a product, and so in the layout of x, forward and backward

@@ -7,7 +7,6 @@ The paper scales the weights at test time instead; this is the inverted form, as
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor
@@ -25,7 +24,8 @@ def dropout(x: Tensor, p: float | Tensor, *, key: Tensor | None = None) -> Tenso
     if x.device.type != "cpu":
         return x * keep_scale(x.shape, rate, x, key)
     maps = x if x.dim() == 4 else x.reshape(1, 1, 1, -1)
-    return drop_blocks(maps, rate, key, [1, 1], False, False, False)[0].view(x.shape)
+    y: Tensor = drop_blocks(maps, rate, key, [1, 1], False, False, False)[0]
+    return y.view(x.shape)
 
 
 class Dropout(Regularizer):
@@ -34,6 +34,8 @@ class Dropout(Regularizer):
     paper = "Srivastava et al.: Dropout, JMLR 15, 2014"
     summary = "drops single elements"
     examples = ({"p": 0.1}, {"p": 0.5})
+
+    p: Tensor
 
     def __init__(self, p: Rate = 0.5) -> None:
         super().__init__(p=p)

@@ -1,10 +1,10 @@
 """Stochastic depth: drop a whole residual branch (Huang et al., ECCV 2016, arXiv:1603.09382).
 
-    x (B, ...) → x * b           training, b ~ Bernoulli(1 - p); x * (1 - p) in eval      `rescale: test`, the paper's
-    x (B, ...) → x * b / (1 - p) training; x in eval                                      `rescale: train`, timm's DropPath
+    x (B, ...) → x * b             in training, b ~ Bernoulli(1 - p); x * (1 - p) in eval   `rescale: test`
+    x (B, ...) → x * b / (1 - p)   in training; x in eval                                   `rescale: train`
 
-b is one draw a batch (`mode: batch`, the paper's) or one a sample (`mode: row`, timm's DropPath and torchvision's
-"row"). What the paper calls the survival probability p_l is 1 - p here.
+The paper has the first, with one draw a batch (`mode: batch`); timm's DropPath and torchvision's "row" have
+the second, with one a sample (`mode: row`). The paper's survival probability p_l is 1 - p.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def stochastic_depth(
 ) -> Tensor:
     """Drop samples of `x` (B, ...) with probability `p`, each by itself ("row") or all at once ("batch").
 
-    With `rescale` "train" the others are divided by 1 - p; with "test" they are left as they are, and the caller
-    multiplies by 1 - p at test time. `key`, a 0-dim int64 CPU tensor, is what the random numbers depend on; None
-    for torch's global generator. A SurgeryError if `p` is a number out of [0, 1].
+    With `rescale` "train" the others are divided by 1 - p; with "test" they are left as they are, and the
+    caller multiplies by 1 - p at test time. `key`, a 0-dim int64 CPU tensor, is what the random numbers
+    depend on; None for torch's global generator. A SurgeryError if `p` is a number out of [0, 1].
     """
     shape = [x.shape[0] if mode == "row" else 1] + [1] * (x.dim() - 1)
     return x * keep_scale(shape, rate_tensor(p, x.device), x, key, rescale=rescale == "train")
@@ -40,6 +40,8 @@ class StochasticDepth(Regularizer):
     summary = "drops whole residual branches"
     examples = ({"p": 0.2}, {"p": 0.2, "mode": "batch"}, {"p": 0.5, "mode": "batch", "rescale": "test"})
 
+    p: Tensor
+
     def __init__(self, p: Rate = 0.1, mode: Mode = "row", rescale: Rescale = "train") -> None:
         super().__init__(p=p)
         require(mode in ("row", "batch"), "mode", "'row' or 'batch'", mode)
@@ -50,7 +52,7 @@ class StochasticDepth(Regularizer):
             self.eval_rule = "times the survival probability 1 - p"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` with samples dropped; when not active, `x` itself or, by `rescale: test`, x * (1 - p)."""
+        """Return `x` with samples dropped; when not active, `x`, or by `rescale: test` x * (1 - p)."""
         if self.active:
             return stochastic_depth(x, self.p, self.mode, rescale=self.rescale, key=self.next_key())
         if self.rescale == "test" and self._nonzero:

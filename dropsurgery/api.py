@@ -1,0 +1,132 @@
+"""What users call: apply a recipe, plan it, find sites, show the diff, strip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from dropsurgery import catalogue
+from dropsurgery import planning as _planning
+from dropsurgery.capture import capture
+from dropsurgery.context import Context
+from dropsurgery.errors import PlanError, SurgeryError
+from dropsurgery.planning import Plan, Sites
+from dropsurgery.recipe import Recipe, load_recipe
+from dropsurgery.records import Edit, Site
+from dropsurgery.rewriting import rewrite
+from dropsurgery.schedules import needs_total_steps
+from dropsurgery.surgery import Surgery
+
+RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
+Overrides = Mapping[str, Any] | Iterable[str] | None
+
+
+def apply_recipe(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    example_inputs: Any = None,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    overrides: Overrides = None,
+    seed: int | None = None,
+) -> fx.GraphModule:
+    """Insert the regularizers that a recipe names; the model given is left as it was.
+
+    Args:
+        model: a plain module tree: any timm or segmentation-models-pytorch model, or your own.
+        recipe: a bundled name with or without `.yaml`, a path (with a slash), a dict or a `Recipe`.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of which only shapes and dtypes
+            count; inferred for timm and SMP models.
+        total_steps: length of the training in optimizer steps; schedules need it.
+        steps_per_epoch: needed where the recipe counts in epochs.
+        overrides: changes to the recipe's entries by name, `{"conv branch.with.p": 0.2}` or `["conv branch.with.p=0.2"]`.
+        seed: draw all masks from numbers keyed by (seed, site, step, forward), whatever else draws numbers.
+
+    Returns:
+        A module that is a `torch.fx.GraphModule` and an instance of the model's own class. It shares parameters and
+        buffers with the model given; `gm.surgery` is the handle to clock, plan, diff and audit.
+
+    Raises:
+        RecipeError: the recipe is not valid; every problem is listed.
+        CaptureError: the model cannot be captured.
+        PlanError: the recipe does not fit the model, or `total_steps` is missing.
+    """
+    plan, captured = _planned(model, recipe, example_inputs, total_steps, steps_per_epoch, overrides)
+    _check_clock(plan)
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    gm = rewrite(captured, plan.edits, lambda edit: _build(edit).to(device))
+    gm.__dict__["surgery"] = Surgery(gm, plan.detached(), Context(seed))
+    assert isinstance(gm, fx.GraphModule)
+    return gm
+
+
+def plan_recipe(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    example_inputs: Any = None,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    overrides: Overrides = None,
+    seed: int | None = None,
+) -> Plan:
+    """Plan a recipe without changing anything; arguments and errors are those of `apply_recipe`.
+
+    `total_steps` may be missing here: the plan shows rates at the start and the end. `str(plan)` is a table.
+    """
+    return _planned(model, recipe, example_inputs, total_steps, steps_per_epoch, overrides)[0]
+
+
+def find_sites(model: nn.Module, pattern: str | None = None, *, example_inputs: Any = None) -> list[Site]:
+    """All places where a regularizer could go: every edge of one pattern, or of all of them.
+
+    Raises:
+        SurgeryError: no such pattern.
+        CaptureError: the model cannot be captured.
+    """
+    names = catalogue.names("patterns") if pattern is None else [pattern]
+    for name in names:
+        catalogue.load("patterns", name)
+    sites = Sites(capture(model, example_inputs))
+    return [site for name in names for edge in sites.pattern(name).edges for site in sites.of(name, edge)]
+
+
+def get_regularizer(name: str) -> type[nn.Module]:
+    """The Module class of a regularizer; it works alone, like any layer.
+
+    Raises:
+        SurgeryError: no such regularizer; the nearest names are shown.
+    """
+    cls: type[nn.Module] = catalogue.load("regularizers", name)
+    return cls
+
+
+def _planned(model: nn.Module, recipe: RecipeLike, inputs: Any, total: Any, per_epoch: Any, overrides: Overrides) -> Any:
+    loaded = load_recipe(recipe, overrides=overrides)
+    captured = capture(model, inputs)
+    return _planning.plan(captured, loaded, total_steps=total, steps_per_epoch=per_epoch), captured
+
+
+def _check_clock(plan: Plan) -> None:
+    waiting = sorted({edit.entry for edit in plan.edits if needs_total_steps(edit.schedule)})
+    if waiting and plan.total_steps is None:
+        raise PlanError(
+            f"{plan.recipe.name}: the schedule of {', '.join(map(repr, waiting))} runs over the training, whose length "
+            "is not known: give total_steps (optimizer steps in all, for instance epochs * len(loader))"
+        )
+
+
+def _build(edit: Edit) -> nn.Module:
+    site = edit.site
+    try:
+        made = catalogue.load("regularizers", edit.regularizer)(**edit.arguments)
+        made.build(channel_axis=site.channel_axis, channels=site.channels, shape=site.shape, site_id=site.id)
+    except SurgeryError as error:
+        raise PlanError(f"entry '{edit.entry}' at {site.id} (shape {list(site.shape)}): {error}") from error
+    module: nn.Module = made
+    return module

@@ -1,0 +1,359 @@
+"""The handle that an emitted model carries as `gm.surgery`: what was done to it, and what is going on in it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+from torch.optim import Optimizer
+
+from dropsurgery import catalogue
+from dropsurgery.capture.inputs import resolve_inputs
+from dropsurgery.capture.recorder import map_tree
+from dropsurgery.context import Context
+from dropsurgery.diffing import diff
+from dropsurgery.emission import SLOTS, Owner, OwnHook, drop_own_hooks, example_of
+from dropsurgery.errors import SurgeryError
+from dropsurgery.flattening import flatten
+from dropsurgery.planning import ADOPT, Plan, rates_of
+from dropsurgery.recipe import Recipe
+from dropsurgery.records import Edit
+from dropsurgery.scheduler import Scheduler, Slot
+
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One site: the rate asked for, the share that it should drop by its closed form, and the one measured."""
+
+    site: str
+    regularizer: str
+    p: float
+    expected: float
+    measured: float
+    shape: tuple[int, ...]
+
+
+class Audit(tuple[AuditRow, ...]):
+    """The rows of an audit; `str()` is a table."""
+
+    def __str__(self) -> str:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for column in ("site", "regularizer", "p", "expected drop", "measured drop", "shape"):
+            table.add_column(column, no_wrap=True)
+        for row in self:
+            shape = "x".join(map(str, row.shape))
+            rates = (f"{row.p:g}", f"{row.expected:.4f}", f"{row.measured:.4f}")
+            table.add_row(row.site, row.regularizer, *rates, shape)
+        console = Console(width=400, no_color=True, highlight=False)
+        with console.capture() as captured:
+            console.print(table)
+        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+class Surgery:
+    """What an emitted model knows of its surgery.
+
+    Attributes:
+        recipe: the recipe that was applied.
+        plan: what it came to on this model.
+        regularizers: site id → module, in the order of the plan; `.p` is the current rate.
+    """
+
+    def __init__(self, gm: nn.Module, plan: Plan, context: Context, scheduler: Scheduler | None = None) -> None:
+        self.plan = plan
+        self.context = context
+        self._bind(gm)
+        make = self._new_scheduler if scheduler is None else scheduler.copy_for
+        self.scheduler: Scheduler = make(self._slots(), self._parameters, context=context)
+        self._watch()
+
+    # -- what was done -------------------------------------------------------------------------------------------
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that was applied."""
+        return self.plan.recipe
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The flat rewritten graph of the whole model."""
+        return self.flatten().graph
+
+    def flatten(self) -> fx.GraphModule:
+        """A classical flat GraphModule over the same modules, which computes the same as the tree."""
+        return flatten(self._model())
+
+    def print_diff(self) -> None:
+        """Print what surgery changed, in colours on a terminal."""
+        sys.stdout.write(diff(self._model()) + "\n")
+
+    # -- the clock -----------------------------------------------------------------------------------------------
+    @property
+    def progress(self) -> float:
+        """The share of the training that is done, in [0, 1]."""
+        return self.scheduler.progress
+
+    @property
+    def total_steps(self) -> int | None:
+        """The length of the training in optimizer steps."""
+        return self.scheduler.total_steps
+
+    @property
+    def current_step(self) -> int:
+        """The number of optimizer steps done."""
+        return self.scheduler.current_step
+
+    def step(self) -> None:
+        """Move the clock by hand, for loops that no torch optimizer drives."""
+        self.scheduler.step()
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let the steps of this optimizer, and of no other, move the clock."""
+        self.scheduler.attach(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clock and all regularizers' own state, in plain types and tensors; loads with `weights_only=True`."""
+        states = {site: regularizer.state() for site, regularizer in self.regularizers.items()}
+        return {
+            "version": _STATE_VERSION,
+            "recipe": self.recipe.name,
+            "scheduler": self.scheduler.state_dict(),
+            "regularizers": {site: state for site, state in states.items() if state},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up where `state_dict` was taken.
+
+        Raises:
+            SurgeryError: not such a state, or one with sites that this model does not have; nothing is changed.
+        """
+        if not isinstance(state, Mapping) or not {"scheduler", "regularizers"} <= set(state):
+            raise SurgeryError(
+                f"load_state_dict: expected what gm.surgery.state_dict() gives, got {type(state).__name__} "
+                f"{sorted(state) if isinstance(state, Mapping) else ''}"
+            )
+        unknown = sorted(set(state["regularizers"]) - set(self.regularizers))
+        if unknown:
+            raise SurgeryError(f"load_state_dict: this model has no site {', '.join(unknown[:3])}; same recipe and model?")
+        self.scheduler.load_state_dict(state["scheduler"])
+        for site, own in state["regularizers"].items():
+            self.regularizers[site].load_state(own)
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+    @contextmanager
+    def active(self, p: float | None = None) -> Iterator[None]:
+        """Run the regularizers in train and eval; at rate `p` if given, else at the current one.
+
+        For robustness curves and Monte-Carlo dropout; `p=0.0` silences them.
+
+        Raises:
+            SurgeryError: p is not in [0, 1].
+        """
+        if p is not None and not 0 <= p <= 1:
+            raise SurgeryError(f"active: expected p in [0, 1], got {p!r}")
+        insertions = self._inserted()
+        before = [regularizer.forced for regularizer in insertions]
+        for regularizer in insertions:
+            regularizer.forced = True
+            for name in rates_of(type(regularizer), {}) if p is not None else ():
+                regularizer.set_rate(name, p)
+        try:
+            yield
+        finally:
+            for regularizer, forced in zip(insertions, before, strict=True):
+                regularizer.forced = forced
+            self.scheduler.apply()
+
+    def audit(self, batch: Any = None) -> Audit:
+        """Compare, per site, the rate asked for (at the schedule's end), the expected drop share, and the measured one.
+
+        Args:
+            batch: arguments for one call of the model (a tensor, or a tuple of them); by default noise of the
+                example's shape. Only the shapes at the sites count: the share is measured on ones.
+
+        The model runs once in eval mode without gradients; its mode, rates and random state are as before after it.
+        """
+        model = self._model()
+        inputs = _arguments(batch, model)
+        shapes = self._shapes(model, inputs)
+        rows = []
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), self.active():
+            for edit in self.plan.edits:
+                regularizer = self.regularizers.get(edit.site.id)
+                if regularizer is None or edit.site.id not in shapes:
+                    continue
+                for name, rate in self._targets(edit).items():
+                    regularizer.set_rate(name, rate)
+                rows.append(_audited(edit, regularizer, *shapes[edit.site.id]))
+        return Audit(rows)
+
+    def _shapes(self, model: nn.Module, inputs: Any) -> dict[str, tuple[tuple[int, ...], torch.device]]:
+        """Shape and device of what arrives at each site."""
+        shapes: dict[str, tuple[tuple[int, ...], torch.device]] = {}
+
+        def noting(site: str) -> Any:
+            def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                shapes[site] = (tuple(args[0].shape), args[0].device)
+
+            return note
+
+        handles = [r.register_forward_pre_hook(noting(site)) for site, r in self._modules().items()]
+        modes = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), self.active(p=0.0):
+                model(*inputs[0], **inputs[1])
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
+        return shapes
+
+    # -- wiring ----------------------------------------------------------------------------------------------------
+    def copy_for(self, gm: nn.Module) -> Surgery:
+        """The handle of a copy: the same plan and step, and a clock of its own."""
+        made: Surgery = object.__new__(Surgery)
+        Surgery.__init__(made, gm, self.plan, copy.deepcopy(self.context), self.scheduler)
+        return made
+
+    def adopt(self, gm: nn.Module) -> None:
+        """Take up with the model that was unpickled along with this handle."""
+        state = self.__dict__.pop("_state")
+        Surgery.__init__(self, gm, self.plan, self.context)
+        self.scheduler.load_state_dict(state)
+
+    def metadata(self) -> dict[str, Any]:
+        """The clock's copy that travels in `state_dict()._metadata`."""
+        return self.scheduler.metadata()
+
+    def load_metadata(self, metadata: Mapping[str, Any] | None) -> None:
+        """Take the clock from where a state_dict left it; a SurgeryWarning where it says nothing of a begun schedule."""
+        self.scheduler.load_metadata(metadata)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plan": self.plan, "context": self.context, "_state": self.scheduler.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # the rest follows in `adopt`, once the model is there
+
+    def _bind(self, gm: nn.Module) -> None:
+        self._gm = weakref.ref(gm)
+        found = self._modules()
+        self.regularizers = {e.site.id: found[e.site.id] for e in self.plan.edits if e.site.id in found}
+        for regularizer in self._inserted():
+            regularizer.context = self.context
+
+    def _model(self) -> nn.Module:
+        model = self._gm()
+        if model is None:
+            raise SurgeryError("the model of this handle is gone: keep the model, and ask it for `.surgery`")
+        return model
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        model = self._gm()
+        return iter(()) if model is None else model.parameters()
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """The regularizers of the tree by site, and the layers that were adopted."""
+        model = self._model()
+        found: dict[str, nn.Module] = {}
+        for module in model.modules():
+            owner: Owner | None = module.__dict__.get("_owner")
+            if owner is not None:
+                slots: nn.Module = getattr(module, SLOTS)
+                found.update({edit.site_id: slots.get_submodule(edit.slot) for edit in owner.edits})
+        adopted = (edit.site for edit in self.plan.edits if edit.kind == ADOPT)
+        return found | {site.id: model.get_submodule(site.module) for site in adopted}
+
+    def _inserted(self) -> list[Any]:
+        kept = {edit.site.id for edit in self.plan.edits if edit.kind != ADOPT}
+        return [regularizer for site, regularizer in self.regularizers.items() if site in kept]
+
+    def _slots(self) -> list[Slot]:
+        return [
+            Slot(_rates(edit, self.regularizers[edit.site.id]), self._targets(edit), edit.schedule)
+            for edit in self.plan.edits
+        ]
+
+    @staticmethod
+    def _targets(edit: Edit) -> dict[str, float]:
+        if edit.kind == ADOPT:
+            return dict(edit.arguments)
+        return rates_of(catalogue.load("regularizers", edit.regularizer), edit.arguments)
+
+    def _new_scheduler(self, slots: list[Slot], parameters: Any, context: Context) -> Scheduler:
+        total, clock = self.plan.total_steps, self.recipe.clock
+        return Scheduler(slots, parameters, total_steps=total, clock=clock, context=context)
+
+    def _watch(self) -> None:
+        """Let the first regularizer tell of training forwards, and the root count them if the recipe says so."""
+        model = self._model()
+        for module in (model, *self.regularizers.values()):
+            drop_own_hooks(module)
+        scheduler = weakref.ref(self.scheduler)
+        if self.regularizers:
+            next(iter(self.regularizers.values())).register_forward_pre_hook(_Notice(scheduler))
+        if self.recipe.clock == "forward":
+            model.register_forward_pre_hook(_Count(scheduler))
+
+
+class _Notice(OwnHook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if module.training and not torch.compiler.is_compiling():
+            scheduler = self.target()
+            if scheduler is not None:
+                scheduler.notice_forward()
+
+
+class _Count(OwnHook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        scheduler = self.target()
+        if scheduler is not None:
+            scheduler.on_forward(module, args)
+
+
+class _AdoptedRate:
+    """The rate of a layer that the model brought along, under the clock."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def set_rate(self, name: str, value: float) -> None:
+        """Write the layer's own attribute."""
+        setattr(self.module, name, value)
+
+
+def _rates(edit: Edit, module: Any) -> Any:
+    return _AdoptedRate(module) if edit.kind == ADOPT else module
+
+
+def _arguments(batch: Any, model: nn.Module) -> Any:
+    if batch is None:
+        args, kwargs = example_of(model)
+        return map_tree((args, kwargs), _noise)
+    return resolve_inputs(model, batch)
+
+
+def _noise(item: Any) -> Any:
+    floating = isinstance(item, torch.Tensor) and item.is_floating_point()
+    return torch.randn_like(item, memory_format=torch.contiguous_format) if floating else item
+
+
+def _audited(edit: Edit, regularizer: Any, shape: tuple[int, ...], device: torch.device) -> AuditRow:
+    if edit.kind == ADOPT:
+        return AuditRow(edit.site.id, edit.regularizer, edit.p, edit.p, float("nan"), shape)
+    dropped = regularizer(torch.ones(shape, device=device)) == 0
+    measured = float(dropped.float().mean())
+    return AuditRow(edit.site.id, edit.regularizer, edit.p, regularizer.expected_drop(shape), measured, shape)
