@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from os import PathLike
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -21,8 +21,8 @@ from dropsurgery.rewriting import rewrite
 from dropsurgery.schedules import needs_total_steps
 from dropsurgery.surgery import Surgery
 
-RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
-Overrides = Mapping[str, Any] | Iterable[str] | None
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+Overrides = Mapping[str, Any] | Sequence[str] | None
 
 
 def apply_recipe(
@@ -106,7 +106,9 @@ def get_regularizer(name: str) -> type[nn.Module]:
     return cls
 
 
-def _planned(model: nn.Module, recipe: RecipeLike, inputs: Any, total: Any, per_epoch: Any, overrides: Overrides) -> Any:
+def _planned(
+    model: nn.Module, recipe: RecipeLike, inputs: Any, total: Any, per_epoch: Any, overrides: Overrides
+) -> Any:
     loaded = load_recipe(recipe, overrides=overrides)
     captured = capture(model, inputs)
     return _planning.plan(captured, loaded, total_steps=total, steps_per_epoch=per_epoch), captured

@@ -63,9 +63,7 @@ def register(kind: Kind, name: str, thing: Any) -> None:
     """Add a regularizer class or a pattern from Python; a SurgeryError if the name is taken by another."""
     taken = name in _files(kind) or name in _plugins(kind) or _registered[kind].get(name, thing) is not thing
     if taken:
-        raise SurgeryError(
-            f"{kind.removesuffix('s')} {name!r}: expected a new name, but there is one already"
-        )
+        raise SurgeryError(f"{kind.removesuffix('s')} {name!r}: expected a new name, but there is one already")
     _registered[kind][name] = thing
 
 

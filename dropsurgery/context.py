@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
 _handles = itertools.count()
 _contexts: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictionary()
 
@@ -44,7 +45,7 @@ class Context:
         """Return the key of the next draw at `site_id`, a 0-dim int64 CPU tensor; None without a seed."""
         if self.seed is None:
             return None
-        key: Tensor = torch.ops.dropsurgery.key(self._handle, site_id)
+        key: Tensor = torch.ops.dropsurgery.key(self._handle, site_id, device=_CPU)
         return key
 
     def _next(self, site_id: str) -> int:
@@ -79,12 +80,13 @@ class Context:
         self._register()
 
 
-# An operator, so that a compiled model can ask for keys; by handle, so that no step changes its graph.
+# An operator, so that a compiled model can ask for keys; by handle, so that no step changes its graph. The
+# device tells compiled checkpointing which generator's state it must keep.
 @torch.library.custom_op("dropsurgery::key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _key(handle: int, site_id: str) -> Tensor:
+def _key(handle: int, site_id: str, *, device: torch.device) -> Tensor:
     return torch.tensor(_contexts[handle]._next(site_id))
 
 
 @_key.register_fake
-def _(handle: int, site_id: str) -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+def _(handle: int, site_id: str, *, device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)

@@ -15,6 +15,7 @@ import html
 import io
 import itertools
 import json
+import os
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
@@ -49,7 +50,7 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <title>{title}</title>
 <style>
-body {{ background: #fff; color: #24292f; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; margin: 2em; }}
+body {{ background: #fff; color: #24292f; font: 13px/1.5 ui-monospace, Consolas, monospace; margin: 2em; }}
 pre {{ overflow-x: auto; }}
 .title {{ font-weight: bold; }}
 .place {{ color: #0550ae; }}
@@ -112,13 +113,15 @@ def diff(gm: nn.Module, *, format: Format = "text", color: bool | None = None) -
     if "surgery" not in getattr(gm, "__dict__", {}):
         raise SurgeryError(f"diff: expected a model made by apply_recipe, got {type(gm).__name__}")
     if format == "json":
-        return json.dumps(_facts(gm), indent=2, default=str)
+        return json.dumps(_facts(gm), indent=2, ensure_ascii=False)
     if format == "html":
         return _page(gm)
     if format != "text":
         raise SurgeryError(f"diff: expected format 'text', 'json' or 'html', got {format!r}")
     lines = list(_lines(gm))
-    if sys.stdout.isatty() if color is None else color:
+    if color is None:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if color:
         return _coloured(lines)
     return "\n".join(line.text for line in lines)
 
@@ -137,7 +140,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def edit_facts(edit: Edit) -> dict[str, Any]:
-    """An edit in plain data; `p` is the target, `start` and `final` the factors on it when training begins and ends."""
+    """An edit in plain data; `start` and `final` are the factors on its rates as training begins and ends."""
     schedule = edit.schedule
     told = {"kind": schedule.kind, **schedule.options, "begin": schedule.begin, "end": schedule.end}
     return {
@@ -157,11 +160,17 @@ def site_facts(site: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(site).items() if name != "at"}
 
 
-# -- reading the emitted model ---------------------------------------------------------------------------------------
+# -- reading the emitted model -------------------------------------------------------------------------------
+def _plan(gm: nn.Module) -> Plan:
+    surgery: Any = gm.surgery
+    plan: Plan = surgery.plan
+    return plan
+
+
 def _owners(gm: nn.Module) -> list[OwnerDiff]:
     """Every rewritten module, in the order of the model."""
     planned: dict[str, deque[Edit]] = defaultdict(deque)
-    for edit in gm.surgery.plan.edits:
+    for edit in _plan(gm).edits:
         planned[edit.site.id].append(edit)
     found = []
     for path, module in gm.named_modules():
@@ -182,12 +191,12 @@ def _owner_diff(path: str, module: nn.Module, slots: Mapping[str, Edit]) -> Owne
     calls = [(node, text) for node, text in texts if node.target in slots]
     width = max((len(text) for _, text in calls), default=0)
     comments = {node: f"{text:<{width}}  # {_told(slots[str(node.target)])}" for node, text in calls}
-    shown = tuple(slots[str(node.target)] for node, _ in calls)
+    called = [str(node.target) for node, _ in calls]
     return OwnerDiff(
         path,
         own_class(module).__name__,
-        edits=shown,
-        hidden=tuple(edit for edit in slots.values() if edit not in shown),
+        edits=tuple(slots[target] for target in called),
+        hidden=tuple(edit for target, edit in slots.items() if target not in called),
         before=tuple(_written(node, names, slots) for node in before.nodes),
         after=tuple(comments.get(node, text) for node, text in texts),
         inserted=frozenset(comments.values()),
@@ -247,9 +256,9 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-# -- text and page ---------------------------------------------------------------------------------------------------
+# -- text and page -------------------------------------------------------------------------------------------
 def _lines(gm: nn.Module) -> Iterator[Line]:
-    plan: Plan = gm.surgery.plan
+    plan = _plan(gm)
     owners = _owners(gm)
     yield Line(_printable(f"{plan.model} after {plan.recipe.name}"), "title")
     for _, group in itertools.groupby(owners, _alike):
@@ -282,9 +291,9 @@ def _full(owner: OwnerDiff) -> Iterator[Line]:
 
 
 def _summary(gm: nn.Module, owners: list[OwnerDiff]) -> Iterator[str]:
-    plan: Plan = gm.surgery.plan
+    plan = _plan(gm)
     before, after = _node_counts(owners)
-    yield f"nodes: {before} before, {after} after, in {len(owners)} rewritten modules"
+    yield f"rewritten modules: {len(owners)}; their nodes: {before} before, {after} after"
     hits = ", ".join(f"{name} {count}" for name, count in plan.hits.items())
     yield _printable(f"edits: {len(plan.edits)} ({hits})")
     in_graphs = {edit.site.id for owner in owners for edit in (*owner.edits, *owner.hidden)}
@@ -306,8 +315,9 @@ def _node_counts(owners: list[OwnerDiff]) -> tuple[int, int]:
 
 def _eval_rules(gm: nn.Module) -> Counter[str]:
     """What regularizers do in eval mode, by name, where that is anything."""
-    rules = {site: module.eval_rule for site, module in gm.surgery.regularizers.items()}
-    return Counter(rule for rule in rules.values() if rule != "identity")
+    surgery: Any = gm.surgery
+    rules = (getattr(module, "eval_rule", "identity") for module in surgery.regularizers.values())
+    return Counter(rule for rule in rules if rule != "identity")
 
 
 def _coloured(lines: list[Line]) -> str:
@@ -318,7 +328,7 @@ def _coloured(lines: list[Line]) -> str:
 
 
 def _page(gm: nn.Module) -> str:
-    plan: Plan = gm.surgery.plan
+    plan = _plan(gm)
     spans = (f'<span class="{line.style}">{html.escape(line.text)}</span>' for line in _lines(gm))
     title = html.escape(_printable(f"{plan.model} after {plan.recipe.name}"))
     return _PAGE.format(title=title, lines="\n".join(spans))
@@ -328,7 +338,7 @@ def _facts(gm: nn.Module) -> dict[str, Any]:
     owners = _owners(gm)
     before, after = _node_counts(owners)
     return {
-        **plan_facts(gm.surgery.plan),
+        **plan_facts(_plan(gm)),
         "nodes": {"before": before, "after": after},
         "eval_rules": _eval_rules(gm),
         "owners": [

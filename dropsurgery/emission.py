@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from dropsurgery.capture import Leaf, Level, record
-from dropsurgery.capture.recorder import map_tree
+from dropsurgery.capture.levels import map_tree
 from dropsurgery.errors import CaptureError, SurgeryError
 from dropsurgery.graph import LocalName, carve, insert_after, insert_on, local_names
 from dropsurgery.trees import attribute_at, own_class
@@ -32,7 +32,7 @@ METADATA = "dropsurgery"
 # Classes whose length and iteration are those of their children: their regularizers stay out of `_modules`.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What a GraphModule carries beside its graph.
-_GRAPH_FIELDS = {
+_GRAPH_FIELDS: dict[str, Any] = {
     "_tracer_cls": None,
     "_tracer_extras": {},
     "_replace_hooks": [],
@@ -97,12 +97,12 @@ class Owner:
     watched: dict[str, Any] = field(default_factory=dict)
     variants: dict[Any, Variant] = field(default_factory=dict)
 
-    @property
-    def dispatches(self) -> bool:
-        """Whether calls have to be told apart at all."""
+    def dispatches(self, forward: Callable[..., Any]) -> bool:
+        """Whether calls of this forward have to be told apart at all: not where all it ever takes are tensors."""
         args, kwargs = self.example
         plain = all(isinstance(item, Spec) for item in args) and not kwargs
-        return not plain or self.exact or self.by_mode or bool(self.foreign)
+        more = len(inspect.signature(forward).parameters) > len(args) + 1
+        return not plain or more or self.exact or self.by_mode or bool(self.foreign)
 
 
 class Surgical:
@@ -114,7 +114,7 @@ class Surgical:
     def recompile(self) -> Any:
         """Generate the code of the graph; only a module that owns an edit also runs it."""
         code = self._graph.python_code("self")  # type: ignore[attr-defined]
-        self.__dict__["_code"] = code.src
+        self.__dict__.update(_code=code.src, _lineno_map=code._lineno_map, _prologue_start=code._prologue_start)
         return code
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -131,7 +131,7 @@ class Surgical:
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        super()._apply(fn, recurse)  # type: ignore[misc, no-untyped-call]
         for slots in _hidden(self):
             slots._apply(fn)
         return self
@@ -246,9 +246,7 @@ def emit_root(root: nn.Module, example: Example, level: Any) -> None:
     root.recompile()  # type: ignore[operator]
 
 
-def emit_owner(
-    module: nn.Module, edits: dict[LocalEdit, nn.Module], levels: list[Level]
-) -> None:
+def emit_owner(module: nn.Module, edits: dict[LocalEdit, nn.Module], levels: list[Level]) -> None:
     """Generate the forward of a module that owns edits.
 
     Args:
@@ -315,19 +313,19 @@ def _install(module: nn.Module, owner: Owner, level: Level | None = None) -> Non
     if level is None:
         level = _recorded(module, args, kwargs, training=False)
     _note(owner, level)
-    variant = _variant(module, owner, level)
-    lost = variant.missing
+    variants = {module.training: _variant(module, owner, level)}
     if level.reads_training:
         other = _recorded(module, args, kwargs, training=True)
         _note(owner, other)
         owner.by_mode = graph_key(level.graph) != graph_key(other.graph)
-        lost = apply_edits(clean(other.graph), owner.edits, module)
-    if lost:
-        raise CaptureError(_lost(module, lost))
-    module.__dict__["_graph"] = variant.graph
+        if owner.by_mode:
+            variants = {False: _variant(module, owner, level), True: _variant(module, owner, other)}
+    for mode, variant in variants.items():
+        if variant.missing:
+            raise CaptureError(_lost(module, variant.missing))
+        owner.variants[_signature(module, owner, mode, args, kwargs)] = variant
+    module.__dict__["_graph"] = next(iter(variants.values())).graph
     module.recompile()  # type: ignore[operator]
-    if not owner.dispatches:
-        owner.variants[None] = variant
     _choose_forward(module)
 
 
@@ -337,7 +335,9 @@ def _note(owner: Owner, level: Level) -> None:
     owner.guarded_tensors = tuple({*owner.guarded_tensors, *level.guarded_tensors})
     plain = {key: value for key, value in level.reads.items() if not isinstance(value, nn.Module)}
     owner.foreign = tuple({*owner.foreign, *((path, name) for path, name in plain if path and name != "training")})
-    owner.watched.update({name: value for (path, name), value in level.reads.items() if not path and name != "training"})
+    owner.watched.update(
+        {name: value for (path, name), value in level.reads.items() if not path and name != "training"}
+    )
 
 
 def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Level:
@@ -424,12 +424,14 @@ class Region(nn.Module):
 def _choose_forward(module: nn.Module) -> None:
     owner: Owner = module.__dict__["_owner"]
     cls: Any = type(module)
-    cls.forward = _dispatch if owner.dispatches else owner.variants[None].run
+    first = next(iter(owner.variants.values()), None)
+    told_apart = first is None or owner.dispatches(own_class(module).forward)
+    cls.forward = _dispatch if first is None or told_apart else first.run
 
 
 def _dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
     owner: Owner = self._owner
-    variant = owner.variants.get(_signature(self, owner, args, kwargs))
+    variant = owner.variants.get(_signature(self, owner, self.training, args, kwargs))
     if variant is None:
         variant = _record_variant(self, owner, args, kwargs)
     if variant.missing:
@@ -437,15 +439,19 @@ def _dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
     return variant.run(self, *args, **kwargs)
 
 
-def _signature(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _signature(module: Any, owner: Owner, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a variant depends on, of these arguments and of the world."""
     describe = _exactly if owner.exact else _roughly
     items: list[Any] = [describe(item) for item in args]
     items += [(name, describe(item)) for name, item in sorted(kwargs.items())]
     if owner.by_mode:
-        items.append(module.training)
+        items.append(training)
     if owner.exact:
-        items += [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+        items += [
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
+        ]
         items += [(tensor.dtype, tensor.device) for tensor in _guarded(module, owner)]
     items += [getattr(module.get_submodule(path), name) for path, name in owner.foreign]
     return tuple(items)
@@ -475,13 +481,13 @@ def _guarded(module: nn.Module, owner: Owner) -> list[torch.Tensor]:
     return [attribute_at(module, path) for path in owner.guarded_tensors]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _record_variant(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
     """Record the forward for a signature that was not met before.
 
     Where the model itself refuses the input, its own error is raised.
     """
-    key = _signature(module, owner, args, kwargs)
+    key = _signature(module, owner, module.training, args, kwargs)
     try:
         level = _recorded(module, args, kwargs, training=module.training)
     except CaptureError as error:
@@ -492,7 +498,7 @@ def _record_variant(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: di
     _note(owner, level)
     if owner.exact and not exact:  # what was told apart roughly until now is not told apart enough
         owner.variants.clear()
-        key = _signature(module, owner, args, kwargs)
+        key = _signature(module, owner, module.training, args, kwargs)
     owner.variants[key] = _variant(module, owner, level)
     return owner.variants[key]
 

@@ -1,7 +1,7 @@
 """The only place that changes an fx graph: insert after a node, insert on one edge, carve out a region.
 
-    y = f(x); g(y); h(y)      insert_after(f)       y = f(x); z = new(y); g(z); h(z)
-    y = f(x); g(y); h(y)      insert_on(g, 0)       y = f(x); z = new(y); g(z); h(y)
+y = f(x); g(y); h(y)      insert_after(f)       y = f(x); z = new(y); g(z); h(z)
+y = f(x); g(y); h(y)      insert_on(g, 0)       y = f(x); z = new(y); g(z); h(y)
 """
 
 from __future__ import annotations

@@ -99,10 +99,7 @@ _OPERATORS: dict[Any, tuple[str, ...]] = {
 }
 _METHODS = {name + end: kinds for kinds, names in _NAMES.items() for name in names for end in ("", "_")}
 _FUNCTIONS: dict[Any, tuple[str, ...]] = _OPERATORS | {
-    getattr(home, name): kinds
-    for name, kinds in _METHODS.items()
-    for home in (torch, F)
-    if hasattr(home, name)
+    getattr(home, name): kinds for name, kinds in _METHODS.items() for home in (torch, F) if hasattr(home, name)
 }
 KINDS = frozenset(kind for kinds in _METHODS.values() for kind in kinds) | {
     "norm_act",
@@ -137,9 +134,7 @@ def kind_of(node: fx.Node) -> str | None:
 def _module_kinds(module: nn.Module) -> tuple[str, ...]:
     for classes, kinds in _MODULES:
         if isinstance(module, classes):
-            if kinds[0] == "norm" and any(
-                _module_kinds(child)[:1] == ("activation",) for child in module.children()
-            ):
+            if kinds[0] == "norm" and any(_module_kinds(child)[:1] == ("activation",) for child in module.children()):
                 return ("norm_act", f"{kinds[1]}_act")
             return kinds
     if isinstance(module, _ACTIVATIONS):
@@ -156,9 +151,7 @@ def holds_tensor(value: Any) -> bool:
     """Whether a node's value is a tensor or a container with one in it."""
     if isinstance(value, dict):
         value = tuple(value.values())
-    return isinstance(value, TensorFact) or (
-        isinstance(value, (tuple, list)) and any(map(holds_tensor, value))
-    )
+    return isinstance(value, TensorFact) or (isinstance(value, (tuple, list)) and any(map(holds_tensor, value)))
 
 
 def tensor_users(node: fx.Node) -> list[fx.Node]:
@@ -192,9 +185,7 @@ def conv_fact(node: fx.Node) -> ConvFact | None:
         return None
     module = node.meta.get("module")
     if module is not None:
-        return ConvFact(
-            module.kernel_size, module.stride, module.dilation, module.groups, module.out_channels
-        )
+        return ConvFact(module.kernel_size, module.stride, module.dilation, module.groups, module.out_channels)
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     weight = given["weight"].meta.get("value") if isinstance(given.get("weight"), fx.Node) else None

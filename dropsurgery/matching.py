@@ -130,9 +130,7 @@ class Pattern:
         for form in self.forms:
             names = [op.name for op in form]
             if len(set(names)) < len(names):
-                raise SurgeryError(
-                    f"pattern {self.name!r}: expected distinct names of operations, got {names}"
-                )
+                raise SurgeryError(f"pattern {self.name!r}: expected distinct names of operations, got {names}")
         known = {op.name for form in self.forms for op in form}
         for edge, rule in self.edges.items():
             if isinstance(rule, (After, Into)) and rule.name not in known:
@@ -205,11 +203,7 @@ def called(node: fx.Node) -> str:
     module = node.meta.get("module")
     if module is not None:
         return type(module).__name__
-    return (
-        str(node.target)
-        if isinstance(node.target, str)
-        else getattr(node.target, "__name__", str(node.target))
-    )
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def ops(**kinds: str) -> Form:

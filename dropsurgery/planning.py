@@ -64,9 +64,7 @@ class Plan:
 
     def detached(self) -> Plan:
         """The same plan without the graph that its sites point into: what an emitted model carries."""
-        return replace(
-            self, edits=tuple(replace(edit, site=replace(edit.site, at=None)) for edit in self.edits)
-        )
+        return replace(self, edits=tuple(replace(edit, site=replace(edit.site, at=None)) for edit in self.edits))
 
 
 def _row(edit: Edit) -> tuple[str, ...]:
@@ -266,7 +264,11 @@ class _Planner:
         """Put an edit on its edge: alone, merged with an equal one, or stacked."""
         there = self.placed.setdefault(_key(edit.site.at), [])
         for index, other in enumerate(there):
-            if (other.regularizer, other.arguments, other.schedule) == (edit.regularizer, edit.arguments, edit.schedule):
+            if (other.regularizer, other.arguments, other.schedule) == (
+                edit.regularizer,
+                edit.arguments,
+                edit.schedule,
+            ):
                 there[index] = replace(other, merged=(*other.merged, f"{entry.name}: {edit.site.id}"))
                 self.notes.append(f"merged: {edit.site.id} of '{entry.name}' is {other.site.id} of '{other.entry}'")
                 return

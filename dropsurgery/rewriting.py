@@ -1,6 +1,6 @@
 """Carry out edits on a tree that shares the model's parameters, and strip them off again.
 
-    model ── copy of all shells, same tensors ──▶ tree ── generated forwards where an edit lives ──▶ GraphModule
+model ── copy of all shells, same tensors ──▶ tree ── generated forwards where an edit lives ──▶ GraphModule
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from typing import Any
 from torch import fx, nn
 
 from dropsurgery.capture import Captured
-from dropsurgery.emission import SLOTS, LocalEdit, drop_own_hooks, emit_owner, emit_root, empty, guard_ways, own_fields
+from dropsurgery.emission import (
+    SLOTS,
+    LocalEdit,
+    drop_own_hooks,
+    emit_owner,
+    emit_root,
+    empty,
+    guard_ways,
+    own_fields,
+)
 from dropsurgery.errors import SurgeryError
 from dropsurgery.graph import local_name
 from dropsurgery.records import Edit

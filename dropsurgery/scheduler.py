@@ -112,9 +112,7 @@ class Scheduler:
     def attach(self, optimizer: Optimizer) -> None:
         """Let the steps of this optimizer, and of no other one, move the clock."""
         if self.clock != "optimizer":
-            raise SurgeryError(
-                f"attach(): this clock is moved otherwise (`clock: {self.clock}`); drop one of the two"
-            )
+            raise SurgeryError(f"attach(): this clock is moved otherwise (`clock: {self.clock}`); drop one of the two")
         if not isinstance(optimizer, Optimizer) or not getattr(type(optimizer).step, "hooked", False):
             raise SurgeryError(
                 "attach(): expected a torch.optim.Optimizer whose step() runs torch's step hooks, got "
@@ -226,9 +224,7 @@ class Scheduler:
     def _join(self) -> None:
         """Set up what belongs to this process alone, and have the hook see this clock."""
         self._owner = None
-        self._held: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, int], bool]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._held: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, int], bool]] = weakref.WeakKeyDictionary()
         self._other_steps = False
         self._silent_forwards = 0
         self._written: dict[Schedule, float] = {}
@@ -320,9 +316,7 @@ def _check_total_steps(total_steps: object, slots: Sequence[Slot]) -> None:
                 "optimizer steps of the whole training, apply_recipe(..., total_steps=...)"
             )
     elif not _is_count(total_steps) or total_steps == 0:
-        raise PlanError(
-            f"total_steps: expected the number of optimizer steps, an int above 0, got {total_steps!r}"
-        )
+        raise PlanError(f"total_steps: expected the number of optimizer steps, an int above 0, got {total_steps!r}")
 
 
 def _check_state(state: Mapping[str, Any]) -> None:

@@ -126,8 +126,7 @@ def _check_instants(where: str, instants: object) -> None:
     ok = isinstance(instants, list | tuple) and instants and all(map(_is_fraction, instants))
     if not (ok and _is_rising(instants)):
         raise RecipeError(
-            f"{where}: expected a list of fractions of the training in [0, 1], in rising order, "
-            f"got {instants!r}"
+            f"{where}: expected a list of fractions of the training in [0, 1], in rising order, got {instants!r}"
         )
 
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from dropsurgery import catalogue
 from dropsurgery.capture.inputs import resolve_inputs
-from dropsurgery.capture.recorder import map_tree
+from dropsurgery.capture.levels import map_tree
 from dropsurgery.context import Context
 from dropsurgery.diffing import diff
 from dropsurgery.emission import SLOTS, Owner, OwnHook, drop_own_hooks, example_of
@@ -145,7 +145,9 @@ class Surgery:
             )
         unknown = sorted(set(state["regularizers"]) - set(self.regularizers))
         if unknown:
-            raise SurgeryError(f"load_state_dict: this model has no site {', '.join(unknown[:3])}; same recipe and model?")
+            raise SurgeryError(
+                f"load_state_dict: this model has no site {', '.join(unknown[:3])}; same recipe and model?"
+            )
         self.scheduler.load_state_dict(state["scheduler"])
         for site, own in state["regularizers"].items():
             self.regularizers[site].load_state(own)
@@ -251,7 +253,7 @@ class Surgery:
     def _bind(self, gm: nn.Module) -> None:
         self._gm = weakref.ref(gm)
         found = self._modules()
-        self.regularizers = {e.site.id: found[e.site.id] for e in self.plan.edits if e.site.id in found}
+        self.regularizers: dict[str, Any] = {e.site.id: found[e.site.id] for e in self.plan.edits if e.site.id in found}
         for regularizer in self._inserted():
             regularizer.context = self.context
 

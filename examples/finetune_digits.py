@@ -1,9 +1,9 @@
 """Fine-tune a timm ResNet on few real images, with and without a recipe: the whole way there and back.
 
 Scikit-learn bundles 1797 handwritten digits of 8x8 pixels. A ResNet-18 is trained on the digits 0 to 4 and
-saved; from that file it is fine-tuned to tell 5 to 9 apart from ten images of each, once as it is and once with
-DropBlock where `dropblock_resnet_g34` puts it. Data this small are here to show the way, not to rank methods:
-what comes out is printed, whichever way it falls.
+saved; from that file it is fine-tuned to tell 5 to 9 apart from ten images of each, once as it is and once
+with DropBlock where `dropblock_resnet_g34` puts it. Data this small are here to show the way, not to rank
+methods: what comes out is printed, whichever way it falls.
 
     python examples/finetune_digits.py            # three seeds, minutes on two cores
     python examples/finetune_digits.py --quick    # one seed, few steps: does it run?
@@ -26,10 +26,10 @@ from rich.progress import Progress
 from sklearn.datasets import load_digits
 from torch import Tensor, fx, nn
 
-from dropsurgery import apply_recipe, diff, strip
+from dropsurgery import apply_recipe, strip
 
 MODEL = "resnet18"
-RECIPE = "dropblock_resnet_g34.yaml"
+RECIPE = "dropblock_resnet_g34"
 # The recipe's blocks of 7x7 are for maps of 14x14; on 64 pixels stage 3 has 4x4.
 OVERRIDES = {"defaults.with.block_size": 3}
 SIZE = 64
@@ -125,7 +125,7 @@ def pretrain(file: Path, settings: Settings) -> None:
 def pretrained(file: Path, seed: int) -> nn.Module:
     """The saved model with a new classifier for five other classes."""
     torch.manual_seed(seed)
-    overlay = {"file": str(file)}
+    overlay = {"file": str(file), "input_size": (1, SIZE, SIZE)}
     return timm.create_model(
         MODEL, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=5
     )
@@ -133,10 +133,7 @@ def pretrained(file: Path, seed: int) -> nn.Module:
 
 def operate(model: nn.Module, steps: int, seed: int) -> fx.GraphModule:
     """The model with DropBlock in it; with a seed every mask depends on site and step alone."""
-    example = torch.empty(2, 1, SIZE, SIZE)
-    return apply_recipe(
-        model, RECIPE, example_inputs=example, total_steps=steps, overrides=OVERRIDES, seed=seed
-    )
+    return apply_recipe(model, RECIPE, total_steps=steps, overrides=OVERRIDES, seed=seed)
 
 
 def rates(gm: fx.GraphModule) -> str:
@@ -211,7 +208,7 @@ class Trial:
         return operate(self.plain(), self.steps, self.seed)
 
     def train(self, model: nn.Module, progress: Progress, name: str) -> float:
-        """Fine-tune; returns the test accuracy. The first model with a recipe is shown and saved on the way."""
+        """Fine-tune; returns the test accuracy. The first one with a recipe is shown and saved on the way."""
         shown = model if self.seed == 0 and isinstance(model, fx.GraphModule) else None
         optimizer = new_optimizer(model)
         task = progress.add_task(f"seed {self.seed}, {name}", total=self.settings.epochs)
@@ -241,7 +238,7 @@ def run(settings: Settings, folder: Path) -> dict[str, list[float]]:
         trial = Trial(seed, *data.few(SHOTS, settings.tests, seed), folder, settings)
         gm = trial.operated()
         if seed == 0:
-            console.print(diff(gm), markup=False, highlight=False)
+            gm.surgery.print_diff()
         with Progress(console=console) as progress:
             results["plain"].append(trial.train(trial.plain(), progress, "plain"))
             results[RECIPE].append(trial.train(gm, progress, RECIPE))
@@ -266,7 +263,7 @@ def main() -> None:
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         each = ", ".join(f"{value:.3f}" for value in values)
         console.print(
-            f"  {name:26s} {statistics.mean(values):.3f}{spread}   (seeds: {each})", highlight=False
+            f"  {name:20s} {statistics.mean(values):.3f}{spread}   (seeds: {each})", highlight=False
         )
     console.print(f"{time.perf_counter() - begin:.0f} s")
 

@@ -11,10 +11,10 @@ import pytest
 PACKAGE = "dropsurgery"
 HOUSE = Path(__file__).resolve().parents[1] / PACKAGE
 
-# From the ground up; rooms on one floor ignore each other. `emission` is what `rewriting` alone stands on.
+# From the ground up; rooms on one floor ignore each other. What users' tools are built of is the public face.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "records"}),
-    frozenset({"graph", "kinds", "trees", "schedules", "context", "catalogue", "regularizers"}),
+    frozenset({"graph", "kinds", "trees", "schedules", "context", "catalogue", "models", "regularizers"}),
     frozenset({"capture", "matching"}),
     frozenset({"patterns"}),
     frozenset({"recipe"}),
@@ -22,7 +22,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rewriting", "flattening", "diffing", "scheduler"}),
     frozenset({"surgery"}),
     frozenset({"api"}),
-    frozenset({"cli", "analysis", "integrations", "__init__"}),
+    frozenset({"__init__"}),
+    frozenset({"analysis", "integrations", "cli"}),
     frozenset({"__main__"}),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

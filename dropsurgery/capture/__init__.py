@@ -15,7 +15,8 @@ from torch._dynamo import OptimizedModule
 
 from dropsurgery.capture.facts import annotate
 from dropsurgery.capture.inputs import Inputs, resolve_inputs
-from dropsurgery.capture.recorder import Leaf, Level, Opaque, record
+from dropsurgery.capture.levels import Leaf, Level, Opaque
+from dropsurgery.capture.recorder import record
 from dropsurgery.capture.view import FlatView, flat_view
 from dropsurgery.errors import CaptureError
 

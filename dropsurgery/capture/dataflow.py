@@ -59,9 +59,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 def _is_source(node: fx.Node) -> bool:
     # The input of a lone leaf inside an opaque module is a placeholder of unknown value.
-    return node.op == "placeholder" and (
-        holds_tensor(node.meta.get("value")) or bool(node.meta.get("component"))
-    )
+    return node.op == "placeholder" and (holds_tensor(node.meta.get("value")) or bool(node.meta.get("component")))
 
 
 def _is_weight(node: fx.Node) -> bool:

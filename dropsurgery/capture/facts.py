@@ -54,9 +54,7 @@ def annotate(graph: fx.Graph) -> None:
     for node, place in find_places(flow, spaces, regions, body).items():
         node.meta.update(stage=place.stage, depth=place.depth, block=place.block)
     for node in flow.order:
-        node.meta.update(
-            role=roles[node], trainable=_trainable(flow, spaces, node), **_channels(node, spaces[node])
-        )
+        node.meta.update(role=roles[node], trainable=_trainable(flow, spaces, node), **_channels(node, spaces[node]))
     for region in regions:
         region.node.meta["join"] = region.join
         for side, name in ((region.branch, "branch"), (region.shortcut, "shortcut")):

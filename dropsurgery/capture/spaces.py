@@ -58,24 +58,18 @@ def main_input(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space
     """The input whose map a node goes on with: the query of an attention, else the largest (not a gate)."""
     if node.target in _ATTENTION or isinstance(node.meta.get("module"), nn.MultiheadAttention):
         return inputs[0]
-    return max(
-        inputs, key=lambda source: (math.prod(shape_of(source) or ()), spaces[source].axis is not None)
-    )
+    return max(inputs, key=lambda source: (math.prod(shape_of(source) or ()), spaces[source].axis is not None))
 
 
 def _of_input(node: fx.Node, root: fx.Node) -> Space:
     shape, whole = shape_of(node) or (), shape_of(root) or ()
     if len(shape) < 3:
         return Space(len(shape) - 1 if len(shape) == 2 else None, None, 1.0, 0)
-    shrunk = (
-        max(1.0, whole[-1] / shape[-1]) if len(whole) == len(shape) else 1.0
-    )  # a part inside an opaque module
+    shrunk = max(1.0, whole[-1] / shape[-1]) if len(whole) == len(shape) else 1.0  # a part inside an opaque module
     return Space(1, shape[2:], shrunk, round(math.log2(shrunk)))
 
 
-def _follow(
-    node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space], whole: tuple[int, ...]
-) -> Space:
+def _follow(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space], whole: tuple[int, ...]) -> Space:
     source = main_input(node, inputs, spaces)
     before, shape = spaces[source], shape_of(node)
     gone = all(spaces[each].collapsed for each in inputs)

@@ -147,18 +147,13 @@ class _Backbone:
         """The stage of every node; the module's docstring has the rule."""
         start = self._body_start()
         levels = {node: self.level(node) for node in self.nodes}
-        body = [
-            levels[node] for node in self.nodes if self.flow.order[node] >= start and self.flow.inputs[node]
-        ]
+        body = [levels[node] for node in self.nodes if self.flow.order[node] >= start and self.flow.inputs[node]]
         if not body or min(body) == max(body):
             return dict.fromkeys(self.nodes, None)
         first = min(self.levels) if self.levels else min(body) + 1
         classic = max(body) >= 5 and min(body) <= 3 and (first >= 1 or not self.levels)
         base = 1 if classic else first - 1
-        return {
-            node: max(0, level - base) if self.flow.order[node] >= start else 0
-            for node, level in levels.items()
-        }
+        return {node: max(0, level - base) if self.flow.order[node] >= start else 0 for node, level in levels.items()}
 
     def _body_start(self) -> int:
         """The position of the first node after the stem; 0 in plain chains (VGG), which have none."""

@@ -19,7 +19,7 @@ from torch import fx
 from torch._subclasses import FakeTensor
 
 if TYPE_CHECKING:
-    from dropsurgery.capture.recorder import Frame
+    from dropsurgery.capture.frame import Frame
 
 
 class Untraceable(Exception):
@@ -36,7 +36,7 @@ _DATA = frozenset({"item", "tolist", "numpy", "cpu_numpy", "__array__", "nonzero
 _ALIASES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "grad"})
 
 
-class TracedSize(tuple):
+class TracedSize(tuple[Any, ...]):
     """`torch.Size` of traced numbers."""
 
     def numel(self) -> Any:
@@ -55,7 +55,7 @@ class Traced:
 
     # `isinstance(x, torch.Tensor)` and `isinstance(n, int)` ask for `__class__` when the type itself does not fit.
     @property
-    def __class__(self) -> type:
+    def __class__(self) -> type:  # type: ignore[misc]  # read-only: nothing assigns it
         kind = type(self._value)
         return torch.Tensor if issubclass(kind, FakeTensor) else kind
 
@@ -140,7 +140,12 @@ class Traced:
         return int(first._value)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[index] for index in range(len(self))])
+        return iter(
+            [
+                self[index]  # type: ignore[index]  # set below, with all other operators
+                for index in range(len(self))
+            ]
+        )
 
     def __contains__(self, item: Any) -> NoReturn:
         raise Untraceable("`in` needs the data of a tensor")
@@ -166,7 +171,21 @@ def _reflected(function: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "and", "or", "xor")
+_BINARY = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "lshift",
+    "rshift",
+    "and",
+    "or",
+    "xor",
+)
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
 _OTHER = ("lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "invert", "abs", "getitem")
 OPERATORS: dict[str, Callable[..., Any]] = {}

@@ -24,18 +24,48 @@ _SAME_SHAPE = (_NormBase, _DropoutNd, nn.LayerNorm, nn.GroupNorm, nn.Identity)
 # Elementwise layers, by the class that defines their forward.
 _ELEMENTWISE_FORWARDS = frozenset(
     cls.forward
-    for cls in (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU)
+    for cls in (
+        nn.ReLU,
+        nn.ReLU6,
+        nn.SiLU,
+        nn.GELU,
+        nn.Sigmoid,
+        nn.Tanh,
+        nn.Hardswish,
+        nn.Hardsigmoid,
+        nn.LeakyReLU,
+    )
 )
 _CONV_FORWARDS = frozenset({nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward})
 _BINARY = frozenset(
-    {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, torch.add, torch.mul}
+    {
+        operator.add,
+        operator.iadd,
+        operator.mul,
+        operator.imul,
+        operator.sub,
+        operator.truediv,
+        torch.add,
+        torch.mul,
+    }
 )
 _UNARY = frozenset(
-    {F.relu, F.relu6, F.silu, F.gelu, F.sigmoid, F.tanh, F.hardswish, F.hardsigmoid, torch.relu, torch.sigmoid}
+    {
+        F.relu,
+        F.relu6,
+        F.silu,
+        F.gelu,
+        F.sigmoid,
+        F.tanh,
+        F.hardswish,
+        F.hardsigmoid,
+        torch.relu,
+        torch.sigmoid,
+    }
 )
 
 
-class Values(FakeTensorMode):
+class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
     """A fake-tensor mode that also tells whether an op draws random numbers.
 
     `drew` is set whenever one of the ops run since it was last cleared is random by its ATen tag; `running` is

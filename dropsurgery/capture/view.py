@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dropsurgery.capture.recorder import Leaf, Level, Opaque, map_tree
+from dropsurgery.capture.levels import Leaf, Level, Opaque, map_tree
 from dropsurgery.records import TensorFact
 
 Call = Level | Opaque | Leaf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dropsurgery.kinds import skip_identities, tensor_users
-from dropsurgery.matching import Match, Pattern, After, called, Into, kind_of, ops
+from dropsurgery.matching import After, Into, Match, Pattern, called, kind_of, ops
 
 
 def _no_activation(match: Match) -> str | None:

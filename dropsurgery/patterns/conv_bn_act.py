@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dropsurgery.matching import Pattern, After, Into, ops
+from dropsurgery.matching import After, Into, Pattern, ops
 
 PATTERN = Pattern(
     "conv_bn_act",

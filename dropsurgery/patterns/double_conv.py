@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from dropsurgery.kinds import conv_fact, kind_of
-from dropsurgery.matching import Match, Pattern, After, ops, units
+from dropsurgery.matching import After, Match, Pattern, ops, units
 
 
 def _is_pair(match: Match) -> str | None:

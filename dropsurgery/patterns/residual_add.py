@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dropsurgery.matching import Match, Miss, Pattern, After, ops
+from dropsurgery.matching import After, Match, Miss, Pattern, ops
 from dropsurgery.records import Edge
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,11 +86,8 @@ class Draw:
 
     def count(self, seeds: Tensor) -> int:
         """How many cells the blocks of `seeds` cover; a cell under two blocks counts once."""
-        # On the maps that have any, one after the other: the mask stays small.
-        area = math.prod(self.region[2:])
-        hit, index = torch.unique_consecutive(seeds.div(area, rounding_mode="floor"), return_inverse=True)
-        mask = torch.zeros(hit.numel(), 1, *self.size, dtype=torch.uint8)
-        replace(self, maps=(hit.numel(), 1)).fill_(mask, index * area + seeds % area, 1)
+        mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8)
+        self.fill_(mask, seeds, 1)
         return count_ones(mask)
 
     def fill_(self, x: Tensor, seeds: Tensor, value: int) -> None:

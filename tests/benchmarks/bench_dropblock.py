@@ -1,8 +1,8 @@
-"""How long DropBlock takes beside its peers, forward and backward, in one run: `python tests/benchmarks/bench_dropblock.py`.
+"""DropBlock beside its peers, forward and backward, in one run: `python tests/benchmarks/bench_dropblock.py`.
 
-The contenders take turns in one process, and medians are compared. The exit code is 1 where a bound is missed:
-at 32x256x14x14, k = 7, p = 0.1, DropBlock is 8 times as fast as torchvision's and timm's per-channel one, and
-faster than F.dropout. A bound that is missed is tried again, for the machine may have been busy.
+The contenders take turns, and medians are compared. The exit code is 1 where a bound is missed: at
+32x256x14x14, k = 7, p = 0.1, DropBlock is 8 times as fast as torchvision's and timm's per-channel one, and faster
+than F.dropout. A bound that is missed is tried again, for the machine may have been busy.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main() -> int:
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed: else each contender is billed for page faults that depend on the one before."""
+    """Let glibc keep what is freed: else a contender pays for page faults that the one before caused."""
     if sys.platform == "linux":
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, 1 << 30)

@@ -204,6 +204,14 @@ def keeps_the_layout(make: Make) -> None:
     assert torch.equal(*grads)
 
 
+def reads_nothing_from_the_device(make: Make) -> None:
+    layer = make().to("meta")  # where a tensor has no value to be read
+    x = torch.empty(SHAPE, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.is_meta and y.shape == x.shape and y.dtype == x.dtype
+
+
 def drops_what_it_expects(make: Make) -> None:
     layer = make()
     expected = layer.expected_drop(SHAPE)
@@ -226,6 +234,7 @@ LAWS = [
     recomputes_the_same,
     takes_every_shape,
     keeps_the_layout,
+    reads_nothing_from_the_device,
     drops_what_it_expects,
 ]
 CASES = [
@@ -324,6 +333,11 @@ class Flattening(Kept):
         return super().drop(x).contiguous()
 
 
+class Reading(Kept):
+    def drop(self, x: Tensor) -> Tensor:
+        return x * (uniform(x.shape, x.device, self.next_key()) >= float(self.p))
+
+
 class Boastful(Kept):
     def expected_drop(self, shape: tuple[int, ...]) -> float:
         return 0.25
@@ -343,6 +357,7 @@ BREACHES = [
     (recomputes_the_same, Elsewhere),
     (takes_every_shape, Growing),
     (keeps_the_layout, Flattening),
+    (reads_nothing_from_the_device, Reading),
     (drops_what_it_expects, Boastful),
 ]
 
@@ -351,7 +366,7 @@ BREACHES = [
 def test_law_sees_its_breach(law: Callable[[Make], None], breach: type[Kept]) -> None:
     torch.manual_seed(0)
     law(Kept)
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, pytest.fail.Exception, RuntimeError)):
         law(breach)
 
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 from timm.layers.drop import drop_block_2d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dropsurgery.catalogue import load
+from dropsurgery.context import Context
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers import _blocks, dropblock
+from dropsurgery.regularizers._coverage import expected_share, seed_probability
 from dropsurgery.regularizers.dropblock import DropBlock, drop_block
 
 # (H = W, k, p) → expected drop share, from the closed form worked out apart from this code.
@@ -346,3 +349,83 @@ def test_same_blocks_by_either_cpu_path_in_any_layout(monkeypatch: pytest.Monkey
             torch.manual_seed(0)
             outcomes.append(drop_block(x, 0.2, 3))
         assert torch.equal(*outcomes)
+
+
+def test_seeds_are_topped_up_when_the_first_lot_falls_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = _blocks.Draw((100, 100), (14, 14), (1, 1), 0.05, key=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(_blocks.math, "sqrt", lambda expected: -0.15 * expected)  # room for a tenth of them
+        seeds = draw.seeds()
+    n = 100 * 100 * 14 * 14
+    assert abs(len(seeds) - 0.05 * n) <= 4 * math.sqrt(n * 0.05 * 0.95)
+    assert (seeds.diff() > 0).all() and seeds[-1] < n
+
+
+class TwoOnOneInput(nn.Module):
+    """One layer called twice on the same tensor, and one on channels at the end."""
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.first, self.second = DropBlock(0.3, 3), DropBlock(0.3, 2)
+        self.second.build(channel_axis=-1, channels=8, shape=(1, 9, 9, 8), site_id="second")
+        context = Context(seed)
+        self.first.context, self.second.context = context, context
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.conv(x)
+        return self.first(x), self.first(x), self.second(x.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_is_eager_in_every_size_and_layout(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    eager, twin = TwoOnOneInput(seed=3), TwoOnOneInput(seed=3)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for shape in ((2, 3, 9, 9), (3, 3, 12, 10), (5, 3, 7, 20)):
+        x = torch.randn(shape).to(memory_format=torch.channels_last)
+        expected, got = eager(x), compiled(x)
+        assert not torch.equal(got[0], got[1])
+        for a, b in zip(expected, got, strict=True):
+            assert torch.allclose(a, b, atol=1e-6) and a.stride() == b.stride()
+        for model, outputs in ((eager, expected), (twin, got)):
+            model.zero_grad()
+            sum(y.square().sum() for y in outputs).backward()
+        assert torch.allclose(eager.conv.weight.grad, twin.conv.weight.grad, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_compiled_checkpointing_meets_the_same_blocks(seed: int | None) -> None:
+    torch._dynamo.reset()
+    layer = DropBlock(0.3, 3)
+    layer.context = Context(seed)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: layer(x).square(), x, use_reentrant=False)
+
+    for _ in range(3):
+        x = torch.rand(4, 8, 9, 9).add_(0.1).requires_grad_()
+        y = run(x)
+        y.sum().backward()
+        assert torch.allclose(x.grad, 2 * y.detach() / x.detach())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_way_of_other_devices_compiles_with_a_moving_rate(exact: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    p = torch.tensor(0.1)
+    run = torch.compile(dropblock._drop_block, fullgraph=True, backend="aot_eager")
+    for rate in (0.1, 0.3):
+        p.fill_(rate)
+        x = torch.ones(200, 50, 9, 12, requires_grad=True)
+        y = run(x, p, None, [3, 4], False, exact)
+        y.sum().backward()
+        assert torch.equal(x.grad, y)
+        mean, error = shares_and_error(y == 0)
+        expected = (
+            rate if exact else expected_share(seed_probability(rate, (9, 12), (3, 4), False), (9, 12), (3, 4))
+        )
+        assert abs(mean - expected) <= 4 * error

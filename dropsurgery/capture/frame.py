@@ -1,0 +1,247 @@
+"""The level under construction, and what the stand-ins of its forward do to it."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from dropsurgery.capture.levels import Guard, Level, map_tree
+from dropsurgery.capture.traced import Traced, TracedSize, Untraceable
+
+if TYPE_CHECKING:
+    from dropsurgery.capture.recorder import Recorder
+
+# Nodes that the recorder itself makes to unpack containers and shapes; pure, so dropped where nothing uses them.
+_UNPACKING = (operator.getitem, getattr)
+
+
+class Frame:
+    """The level under construction, and what the stand-ins of its forward do to it."""
+
+    def __init__(self, recorder: Recorder, probe: nn.Module, path: str) -> None:
+        self.recorder = recorder
+        self.probe = probe
+        self.path = path
+        self.graph = fx.Graph()
+        self.level = Level(recorder.original[probe], path, self.graph, ((), {}))
+        self._shapes: dict[fx.Node, TracedSize] = {}
+        self._attributes: dict[str, Traced] = {}
+        self._index_guards: list[tuple[FrameType, int, fx.Node, int]] = []
+        self._in_region = False
+
+    # -- guards -----------------------------------------------------------------------------------------------
+    def guard(self, node: fx.Node, value: Any, how: str) -> None:
+        """Note that Python went by the value of a node."""
+        if all(guard.node is not node for guard in self.level.guards):
+            self.level.guards.append(Guard(node, value, f"{how} of {node.name} is {value!r}"))
+
+    def environment_guard(self, question: Callable[..., bool], args: tuple[Any, ...], answer: bool) -> None:
+        """Note that Python asked torch for a global state."""
+        self.guard(self.graph.call_function(question, args), answer, question.__name__)
+
+    def tensor_guard(self, node: fx.Node, name: str, value: Any) -> None:
+        """Note that Python asked for the dtype, device or grad flag of a tensor."""
+        if name == "requires_grad" and node.op not in {"placeholder", "get_attr"} and not _is_input(node):
+            raise Untraceable("asks whether an intermediate result requires gradients")
+        if node.op == "get_attr" and node.target not in self.level.guarded_tensors:
+            self.level.guarded_tensors.append(str(node.target))
+        self.guard(self.graph.call_function(getattr, (node, name)), value, name)
+
+    def index_guard(self, caller: FrameType, node: fx.Node, value: int) -> None:
+        self._index_guards.append((caller, caller.f_lasti, node, value))
+
+    def _parsed(self, caller: FrameType) -> None:
+        """Forget the numbers that torch's argument parser looked at for the call that is being recorded."""
+        self._index_guards = [g for g in self._index_guards if g[:2] != (caller, caller.f_lasti)]
+
+    def settle(self) -> None:
+        """The numbers that Python took for itself are guards."""
+        for _, _, node, value in self._index_guards:
+            self.guard(node, value, "the number")
+        self._index_guards.clear()
+
+    # -- activation checkpoints ---------------------------------------------------------------------------------
+    @contextmanager
+    def region(self, rerun: Callable[..., Any]) -> Iterator[None]:
+        """Mark what is recorded meanwhile as one checkpointed region, which `rerun` will call."""
+        if self._in_region:
+            raise Untraceable("a checkpoint inside a checkpoint")
+        self._in_region = True
+        before = len(self.graph.nodes)
+        yield
+        for node in list(self.graph.nodes)[before:]:
+            node.meta["region"] = len(self.level.regions)
+        self.level.regions.append(rerun)
+        self._in_region = False
+
+    # -- nodes ------------------------------------------------------------------------------------------------
+    def shape_of(self, tensor: Traced) -> TracedSize:
+        node = tensor._node
+        if node not in self._shapes:
+            with torch._C.DisableTorchFunction():
+                sizes = tuple(tensor._value.shape)
+            shape = self.graph.call_function(getattr, (node, "shape"))
+            items = [self.graph.call_function(operator.getitem, (shape, i)) for i in range(len(sizes))]
+            self._shapes[node] = TracedSize(Traced(self, item, size) for item, size in zip(items, sizes, strict=True))
+        return self._shapes[node]
+
+    def input(self, node: fx.Node, value: Any) -> Any:
+        """The stand-in for an argument; what is no tensor is taken for granted, and compared at each call."""
+        node.meta["value"] = value
+        if isinstance(value, (bool, int, float)):
+            return value
+        return self.wrap(node, value)
+
+    def call_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = self.recorder.values
+        return self._record("call_function", function, args, kwargs, lambda a, k: values.of_function(function, a, k))
+
+    def call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = self.recorder.values
+        return self._record("call_method", name, args, kwargs, lambda a, k: values.run(getattr(a[0], name), a[1:], k))
+
+    def guarded_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a method from the example, and note it."""
+        answer = self.recorder.values.run(getattr(args[0]._value, name), *self.to_values((args[1:], kwargs)))
+        node = self.graph.call_method(name, *self.to_nodes((args, kwargs)))
+        self.guard(node, answer, f"{name}()")
+        return answer
+
+    def _record(
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Callable[..., Any]
+    ) -> Any:
+        if not _traceable(target):
+            raise Untraceable(f"calls {target!r}, which a graph cannot name")
+        nodes = self.to_nodes((args, kwargs))
+        self.recorder.values.drew = False
+        value = compute(*self.to_values((args, kwargs)))
+        if value is NotImplemented:
+            return value
+        node = self.graph.create_node(op, target, *nodes)
+        if self.recorder.values.drew:
+            node.meta["random"] = self.level.random = True
+        return self.wrap(node, value)
+
+    def call_child(self, probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target = self.recorder.relative(probe, self.path)
+        nodes = self.to_nodes((args, kwargs))
+        call, value = self.recorder.record_call(probe, *self.to_values((args, kwargs)))
+        node = self.graph.create_node("call_module", target, *nodes)
+        self.level.children[node] = call
+        return self.wrap(node, value)
+
+    # -- between stand-ins, values and nodes ---------------------------------------------------------------------
+    def wrap(self, node: fx.Node, value: Any) -> Any:
+        """The stand-in for a node; a container is unpacked, so that Python sees its real structure."""
+        node.meta["value"] = value
+        if type(value) is torch.Size:
+            items = [self.wrap(self.graph.call_function(operator.getitem, (node, i)), v) for i, v in enumerate(value)]
+            return TracedSize(items)
+        if isinstance(value, (list, tuple)):
+            items = [self.wrap(self.graph.call_function(operator.getitem, (node, i)), v) for i, v in enumerate(value)]
+            if hasattr(value, "_fields"):
+                return type(value)(*items)
+            return items if isinstance(value, list) else tuple(items)
+        if type(value) is dict:
+            return {
+                key: self.wrap(self.graph.call_function(operator.getitem, (node, key)), item)
+                for key, item in value.items()
+            }
+        if isinstance(value, (torch.Tensor, int, float)):
+            return Traced(self, node, value)
+        if value is None or isinstance(value, (str, torch.dtype, torch.device)):
+            return value
+        raise Untraceable(f"a value of type {type(value).__name__} travels between modules")
+
+    def to_nodes(self, tree: Any) -> Any:
+        return map_tree(tree, self._to_node)
+
+    def _to_node(self, item: Any) -> Any:
+        if type(item) is Traced:
+            if item._frame is not self:
+                raise Untraceable("a tensor comes from another module's forward by a way that is no argument")
+            return item._node
+        if isinstance(item, (int, float, str, bytes, complex, type(None), type(...), torch.dtype, torch.device)):
+            return item
+        if isinstance(item, (torch.layout, torch.memory_format)):
+            return item
+        raise Untraceable(f"an argument of type {type(item).__name__} ({item!r:.60})")
+
+    def attribute(self, tensor: torch.Tensor, probe: nn.Module, name: str) -> Traced:
+        """The stand-in for a parameter, buffer or plain tensor attribute of this module or of one below it."""
+        if probe is not self.probe:
+            name = f"{self.recorder.relative(probe, self.path)}.{name}"
+        if name not in self._attributes:
+            # By hand: `Graph.get_attr` looks the attribute up and warns where it is not found.
+            node = self.graph.create_node("get_attr", name)
+            node.meta["value"] = tensor
+            self._attributes[name] = Traced(self, node, tensor)
+        return self._attributes[name]
+
+    def to_values(self, tree: Any) -> Any:
+        return map_tree(tree, lambda item: item._value if type(item) is Traced else item)
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether a node is an element of an argument."""
+    while node.op == "call_function" and node.target is operator.getitem:
+        (node,) = node.all_input_nodes
+    return node.op == "placeholder"
+
+
+def _traceable(target: Any) -> bool:
+    """Whether generated code can name a function: it must live in a module, under its own name."""
+    if isinstance(target, str):
+        return True
+    module = getattr(target, "__module__", None) or "torch"
+    name = getattr(target, "__name__", "<lambda>")
+    return bool(name.isidentifier() and "<locals>" not in getattr(target, "__qualname__", name) and module)
+
+
+def placeholders(
+    frame: Frame, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make the graph's placeholders after the forward's own signature; give the stand-ins to call it with."""
+    signature = inspect.signature(forward)
+    bound = signature.bind(*args, **kwargs)
+    for parameter in signature.parameters.values():
+        name = parameter.name
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            values = bound.arguments.get(name, ())
+            bound.arguments[name] = tuple(frame.wrap(frame.graph.placeholder(f"*{name}"), values)) if values else ()
+            if not values:
+                frame.graph.placeholder(f"*{name}")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            node = frame.graph.placeholder(f"**{name}")
+            bound.arguments[name] = frame.wrap(node, dict(bound.arguments.get(name, {})))
+        else:
+            default = inspect.Signature.empty if parameter.default is parameter.empty else parameter.default
+            node = frame.graph.placeholder(name, default_value=default)
+            if name in bound.arguments:
+                bound.arguments[name] = frame.input(node, bound.arguments[name])
+            elif parameter.default is not None:
+                node.meta["value"] = parameter.default
+    return bound.args, bound.kwargs
+
+
+def structure(tree: Any) -> Any:
+    """A comparable picture of nested containers, the leaves by identity."""
+    if isinstance(tree, dict):
+        return tuple((key, structure(item)) for key, item in tree.items())
+    if isinstance(tree, (list, tuple)):
+        return tuple(structure(item) for item in tree)
+    return id(tree)
+
+
+def drop_unused(graph: fx.Graph, kept: set[fx.Node]) -> None:
+    """Erase the nodes that only unpacked something which nobody used."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node not in kept and (node.op == "get_attr" or node.target in _UNPACKING):
+            graph.erase_node(node)

@@ -1,0 +1,115 @@
+"""What recording gives: a level for each forward that a graph can say, leaves, opaque calls; and their shapes in Python.
+
+A level is one deep: the children that a forward calls are `call_module` nodes of its graph, and levels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from dropsurgery.trees import own_class
+
+# Kinds whose subclasses are one operation to a reader, whatever their forward does inside.
+_ATOMS = (_ConvNd, _NormBase, _DropoutNd, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.RNNBase)
+# Modules of torch.nn that only arrange others.
+_ARRANGERS = ("torch.nn.modules.container", "torch.nn.modules.transformer")
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """Something that Python decided on while recording: the graph holds where `node` has this value again."""
+
+    node: fx.Node
+    value: Any
+    reason: str
+
+
+@dataclass(eq=False)
+class Level:
+    """One forward of one module as a graph one level deep, and all that it took for granted.
+
+    `module` is the module of the model given. `guards` are what Python decided from the example's sizes, dtypes
+    or devices: where there are any, the graph holds for inputs of the same signature only.
+    `reads` are the plain attributes that were read, `children` what each `call_module` node calls, `regions`
+    the activation checkpoints (a node's `meta["region"]` is an index into them).
+    """
+
+    module: nn.Module
+    path: str
+    graph: fx.Graph
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    guards: list[Guard] = field(default_factory=list)
+    guarded_tensors: list[str] = field(default_factory=list)
+    reads: dict[tuple[str, str], Any] = field(default_factory=dict)
+    children: dict[fx.Node, Level | Opaque | Leaf] = field(default_factory=dict)
+    regions: list[Callable[..., Any]] = field(default_factory=list)
+    random: bool = False
+    output: Any = None
+
+    @property
+    def reads_training(self) -> bool:
+        """Whether Python looked at a `training` flag: the graph then holds for one mode only."""
+        return any(name == "training" for _, name in self.reads)
+
+
+@dataclass(eq=False)
+class Opaque:
+    """A call whose forward stays Python: why, and the levels of the children that it called."""
+
+    module: nn.Module
+    path: str
+    reason: str
+    components: list[Level | Opaque | Leaf] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Leaf:
+    """A call of a module that is one operation."""
+
+    module: nn.Module
+    path: str
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one operation: torch's own layers and every subclass of a weighted one."""
+    if isinstance(module, _ATOMS):
+        return True
+    home = next((cls for cls in own_class(module).__mro__ if "forward" in vars(cls)), nn.Module)
+    return home.__module__.startswith("torch.nn.") and not home.__module__.startswith(_ARRANGERS)
+
+
+def map_tree(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Apply a function to the leaves of nested tuples, lists, dicts and slices."""
+    kind = type(tree)
+    if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
+        return tuple(map_tree(item, leaf) for item in tree)
+    if kind in (list, immutable_list):
+        return [map_tree(item, leaf) for item in tree]
+    if kind in (dict, immutable_dict):
+        return {key: map_tree(item, leaf) for key, item in tree.items()}
+    if kind is slice:
+        return slice(map_tree(tree.start, leaf), map_tree(tree.stop, leaf), map_tree(tree.step, leaf))
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return kind(*(map_tree(item, leaf) for item in tree))
+    return leaf(tree)
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Inputs in words: shapes and dtypes for tensors, the value for the rest."""
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return f"{str(item.dtype).removeprefix('torch.')}{list(item.shape)}"
+        return item
+
+    shown = [str(map_tree(item, leaf)) for item in args] + [f"{k}={map_tree(v, leaf)}" for k, v in kwargs.items()]
+    return f"({', '.join(shown)})"

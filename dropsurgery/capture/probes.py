@@ -1,0 +1,64 @@
+"""Probes: throw-away copies of modules whose forwards are recorded instead of run, and whose reads are noted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from dropsurgery.capture.recorder import Recorder
+
+from dropsurgery.trees import own_class
+
+
+@functools.cache
+def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass that reports which plain attributes are read, and whose forward is recorded instead of run."""
+    internal = frozenset(nn.Module().__dict__) - {"training"} | {"_recorder", "_own_forward", "forward"}
+
+    def __getattribute__(self: Any, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if name[:2] != "__" and name not in internal:
+            fields = object.__getattribute__(self, "__dict__")
+            if name in fields and "_recorder" in fields:
+                return fields["_recorder"].read(self, name, value)
+        return value
+
+    def __getattr__(self: Any, name: str) -> Any:
+        return self.__dict__["_recorder"].read(self, name, super(probe_class, self).__getattr__(name))
+
+    namespace = {
+        "__getattribute__": __getattribute__,
+        "__getattr__": __getattr__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
+    probe_class: Any = type(cls.__name__, (cls,), namespace)
+    made: type[nn.Module] = probe_class
+    return made
+
+
+def make_probe(module: nn.Module) -> nn.Module:
+    """An empty probe for a module."""
+    probe: nn.Module = object.__new__(_probe_class(own_class(module)))
+    return probe
+
+
+def forward_of(probe: nn.Module) -> Callable[..., Any]:
+    """The probe's real forward: that of its class, or one that somebody had put on the instance."""
+    own: Callable[..., Any] | None = probe.__dict__["_own_forward"]
+    return own or functools.partial(type(probe).forward, probe)
+
+
+class Intercepted:
+    """The instance attribute that stands before a probe's forward."""
+
+    def __init__(self, probe: nn.Module) -> None:
+        self.probe = probe
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recorder: Recorder = self.probe.__dict__["_recorder"]
+        return recorder.intercept(self.probe, args, kwargs)
