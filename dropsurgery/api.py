@@ -44,7 +44,7 @@ def apply_recipe(
             count; inferred for timm and SMP models.
         total_steps: length of the training in optimizer steps; schedules need it.
         steps_per_epoch: needed where the recipe counts in epochs.
-        overrides: changes to the recipe's entries by name, `{"conv branch.with.p": 0.2}` or `["conv branch.with.p=0.2"]`.
+        overrides: changes by entry, `{"conv branch.with.p": 0.2}` or `["conv branch.with.p=0.2"]`.
         seed: draw all masks from numbers keyed by (seed, site, step, forward), whatever else draws numbers.
 
     Returns:
@@ -108,7 +108,7 @@ def get_regularizer(name: str) -> type[nn.Module]:
 
 def _planned(
     model: nn.Module, recipe: RecipeLike, inputs: Any, total: Any, per_epoch: Any, overrides: Overrides
-) -> Any:
+) -> tuple[Plan, Captured]:
     loaded = load_recipe(recipe, overrides=overrides)
     captured = capture(model, inputs)
     return _planning.plan(captured, loaded, total_steps=total, steps_per_epoch=per_epoch), captured

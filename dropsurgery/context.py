@@ -52,7 +52,7 @@ class Context:
         # Activation checkpointing runs a forward again inside backward, and must meet the same numbers. It
         # puts torch's global generator back to where it was, so that a number drawn from there tells which
         # forward is repeated; where it does not (preserve_rng_state=False), the last one is taken to be.
-        mark = int(torch.empty((), dtype=torch.int64).random_())
+        mark = int(torch.empty((), dtype=torch.int64, device=_CPU).random_())
         repeated = torch._C._current_graph_task_id() != -1
         if repeated and (site_id, mark) in self._keys:
             return self._keys[site_id, mark]
@@ -84,7 +84,7 @@ class Context:
 # device tells compiled checkpointing which generator's state it must keep.
 @torch.library.custom_op("dropsurgery::key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _key(handle: int, site_id: str, *, device: torch.device) -> Tensor:
-    return torch.tensor(_contexts[handle]._next(site_id))
+    return torch.tensor(_contexts[handle]._next(site_id), device=device)
 
 
 @_key.register_fake

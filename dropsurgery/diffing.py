@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.text import Text
 from torch import fx, nn
 
-from dropsurgery.emission import SLOTS, Owner
 from dropsurgery.errors import SurgeryError
+from dropsurgery.forwards import SLOTS, Owner
 from dropsurgery.graph import erase
 from dropsurgery.planning import Plan
 from dropsurgery.records import Edit
@@ -248,19 +248,14 @@ def _told(edit: Edit) -> str:
     """Site, rate and entry of an edit in words."""
     start, final = edit.p * edit.schedule.start, edit.p * edit.schedule.final
     rate = f"p {final:g}" if start == final else f"p {start:g} → {final:g}"
-    return _printable(f"{edit.site.id}  {rate} {edit.schedule}  [{edit.entry}]")
-
-
-def _printable(text: str) -> str:
-    """Names come from recipes: no character of theirs may steer a terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return f"{edit.site.id}  {rate} {edit.schedule}  [{edit.entry}]"
 
 
 # -- text and page -------------------------------------------------------------------------------------------
 def _lines(gm: nn.Module) -> Iterator[Line]:
     plan = _plan(gm)
     owners = _owners(gm)
-    yield Line(_printable(f"{plan.model} after {plan.recipe.name}"), "title")
+    yield Line(f"{plan.model} after {plan.recipe.name}", "title")
     for _, group in itertools.groupby(owners, _alike):
         first, *others = group
         yield from (Line(""), Line(first.title, "title"), *_full(first))
@@ -295,18 +290,18 @@ def _summary(gm: nn.Module, owners: list[OwnerDiff]) -> Iterator[str]:
     before, after = _node_counts(owners)
     yield f"rewritten modules: {len(owners)}; their nodes: {before} before, {after} after"
     hits = ", ".join(f"{name} {count}" for name, count in plan.hits.items())
-    yield _printable(f"edits: {len(plan.edits)} ({hits})")
+    yield f"edits: {len(plan.edits)} ({hits})"
     in_graphs = {edit.site.id for owner in owners for edit in (*owner.edits, *owner.hidden)}
     for edit in plan.edits:
         if edit.site.id not in in_graphs:
             yield f"taken over: {edit.regularizer}  # {_told(edit)}"
         for other in edit.merged:
-            yield _printable(f"merged: {other} into {edit.site.id} of {edit.entry}")
+            yield f"merged: {other} into {edit.site.id} of {edit.entry}"
     for name, reasons in plan.misses.items():
-        yield _printable(f"no site for {name}; nearest:")
-        yield from (_printable(f"  {reason}") for reason in reasons)
+        yield f"no site for {name}; nearest:"
+        yield from (f"  {reason}" for reason in reasons)
     for rule, count in _eval_rules(gm).items():
-        yield _printable(f"in eval: {rule} at {count} sites")
+        yield f"in eval: {rule} at {count} sites"
 
 
 def _node_counts(owners: list[OwnerDiff]) -> tuple[int, int]:
@@ -330,7 +325,7 @@ def _coloured(lines: list[Line]) -> str:
 def _page(gm: nn.Module) -> str:
     plan = _plan(gm)
     spans = (f'<span class="{line.style}">{html.escape(line.text)}</span>' for line in _lines(gm))
-    title = html.escape(_printable(f"{plan.model} after {plan.recipe.name}"))
+    title = html.escape(f"{plan.model} after {plan.recipe.name}")
     return _PAGE.format(title=title, lines="\n".join(spans))
 
 

@@ -14,8 +14,9 @@ from torch import fx, nn
 
 from dropsurgery.capture import Leaf, Level, Opaque, record
 from dropsurgery.capture.view import flat_view
-from dropsurgery.emission import Owner, apply_edits, clean, example_of, graph_key
+from dropsurgery.emission import example_of
 from dropsurgery.errors import SurgeryError
+from dropsurgery.forwards import Owner, apply_edits, clean, graph_key
 
 _WHOLE = "model"
 

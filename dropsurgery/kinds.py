@@ -188,7 +188,8 @@ def conv_fact(node: fx.Node) -> ConvFact | None:
         return ConvFact(module.kernel_size, module.stride, module.dilation, module.groups, module.out_channels)
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    weight = given["weight"].meta.get("value") if isinstance(given.get("weight"), fx.Node) else None
+    weight: Any = given.get("weight")
+    weight = weight.meta.get("value") if isinstance(weight, fx.Node) else None
     if not isinstance(weight, TensorFact):
         return None
     kernel = weight.shape[2:]

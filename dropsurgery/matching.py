@@ -135,7 +135,7 @@ class Pattern:
         for edge, rule in self.edges.items():
             if isinstance(rule, (After, Into)) and rule.name not in known:
                 raise SurgeryError(
-                    f"pattern {self.name!r}: edge {edge!r} is at {rule.name!r}, and there is no operation {rule.name!r}"
+                    f"pattern {self.name!r}: edge {edge!r} is at an operation {rule.name!r} that no form has"
                 )
 
     @property
@@ -254,11 +254,11 @@ def chain(name: str, kinds: Sequence[str]) -> Pattern:
     """
     if isinstance(kinds, str) or not kinds:
         raise SurgeryError(f"pattern {name!r}: expected a list of kinds, got {kinds!r}")
-    called = list(_numbered(kinds))
-    template = tuple(Op(label, kind) for label, kind in zip(called, kinds, strict=True))
-    edges = {"output": After(called[-1])}
-    edges.update({label: After(label) for label in called[:-1]})
-    edges["input"] = Into(called[0])
+    names = list(_numbered(kinds))
+    template = tuple(Op(label, kind) for label, kind in zip(names, kinds, strict=True))
+    edges: dict[str, EdgeRule] = {"output": After(names[-1])}
+    edges.update({label: After(label) for label in names[:-1]})
+    edges["input"] = Into(names[0])
     return Pattern(name, list(_with_leaves(template)), edges)
 
 

@@ -12,17 +12,9 @@ from typing import Any
 from torch import fx, nn
 
 from dropsurgery.capture import Captured
-from dropsurgery.emission import (
-    SLOTS,
-    LocalEdit,
-    drop_own_hooks,
-    emit_owner,
-    emit_root,
-    empty,
-    guard_ways,
-    own_fields,
-)
+from dropsurgery.emission import drop_own_hooks, emit_owner, emit_root, empty, guard_ways, own_fields
 from dropsurgery.errors import SurgeryError
+from dropsurgery.forwards import SLOTS, LocalEdit
 from dropsurgery.graph import local_name
 from dropsurgery.records import Edit
 from dropsurgery.trees import bare, copy_tree

@@ -22,9 +22,10 @@ from dropsurgery.capture.inputs import resolve_inputs
 from dropsurgery.capture.levels import map_tree
 from dropsurgery.context import Context
 from dropsurgery.diffing import diff
-from dropsurgery.emission import SLOTS, Owner, OwnHook, drop_own_hooks, example_of
+from dropsurgery.emission import OwnHook, drop_own_hooks, example_of
 from dropsurgery.errors import SurgeryError
 from dropsurgery.flattening import flatten
+from dropsurgery.forwards import SLOTS, Owner
 from dropsurgery.planning import ADOPT, Plan, rates_of
 from dropsurgery.recipe import Recipe
 from dropsurgery.records import Edit

@@ -19,9 +19,7 @@ from dropsurgery.regularizers._base import Regularizer
 def plugins(monkeypatch: pytest.MonkeyPatch) -> dict[str, EntryPoint]:
     """Entry points of third parties, to be filled by the test."""
     points: dict[str, EntryPoint] = {}
-    monkeypatch.setattr(
-        catalogue, "entry_points", lambda group: [p for p in points.values() if p.group == group]
-    )
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: [p for p in points.values() if p.group == group])
     return points
 
 

@@ -18,7 +18,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"capture", "matching"}),
     frozenset({"patterns"}),
     frozenset({"recipe"}),
-    frozenset({"planning", "emission"}),
+    frozenset({"planning", "forwards"}),
+    frozenset({"emission"}),
     frozenset({"rewriting", "flattening", "diffing", "scheduler"}),
     frozenset({"surgery"}),
     frozenset({"api"}),
@@ -27,10 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__main__"}),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MODULES = {
-    ".".join(path.relative_to(HOUSE.parent).with_suffix("").parts): path
-    for path in sorted(HOUSE.rglob("*.py"))
-}
+MODULES = {".".join(path.relative_to(HOUSE.parent).with_suffix("").parts): path for path in sorted(HOUSE.rglob("*.py"))}
 
 
 def room_of(module: str) -> str:

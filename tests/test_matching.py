@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from dropsurgery.capture import capture
 from dropsurgery.errors import SurgeryError
-from dropsurgery.matching import Match, Miss, Op, Pattern, After, chain, find, Into, kind_of, ops
+from dropsurgery.matching import After, Into, Match, Miss, Op, Pattern, chain, find, kind_of, ops
 from dropsurgery.patterns import conv_bn_act, residual_add
 from tests.zoo import ZOO, NormAct
 
@@ -61,10 +61,7 @@ def test_norm_and_activation_are_found_inside_one_leaf() -> None:
     assert kind_of(output.node) == "norm_act"
     norm = match.edges("norm")
     assert isinstance(norm, Miss) and not norm
-    assert (
-        norm.reason
-        == "batch norm with activation is one layer, nothing between norm and activation can be reached"
-    )
+    assert norm.reason == "batch norm with activation is one layer, nothing between norm and activation can be reached"
 
 
 def test_a_norm_whose_activation_is_switched_off_is_a_norm() -> None:
@@ -174,8 +171,8 @@ def test_unset_kind_fits_anything() -> None:
         (lambda: Pattern("x", [()], {"output": After("a")}), "at least one operation"),
         (lambda: Pattern("x", [ops(a="conv")], {}), "at least one edge"),
         (lambda: Pattern("x", [(Op("a"), Op("a"))], {"output": After("a")}), "distinct names"),
-        (lambda: Pattern("x", [ops(a="conv")], {"output": After("b")}), "edge 'output' .* no operation 'b'"),
-        (lambda: Pattern("x", [ops(a="conv")], {"input": Into("b")}), "edge 'input' .* no operation 'b'"),
+        (lambda: Pattern("x", [ops(a="conv")], {"output": After("b")}), "edge 'output' is at an operation 'b'"),
+        (lambda: Pattern("x", [ops(a="conv")], {"input": Into("b")}), "edge 'input' is at an operation 'b'"),
     ],
 )
 def test_nonsense_is_refused_when_built(build: object, message: str) -> None:

@@ -121,8 +121,7 @@ class ShakeShake(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.left, self.right = (
-            nn.Sequential(nn.ReLU(), conv_bn(width, width), nn.ReLU(), conv_bn(width, width))
-            for _ in range(2)
+            nn.Sequential(nn.ReLU(), conv_bn(width, width), nn.ReLU(), conv_bn(width, width)) for _ in range(2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -329,9 +328,7 @@ def _dense() -> nn.Module:
 
 def _pre_activation() -> nn.Module:
     blocks = (PreActivation(8, 8), PreActivation(8, 16, 2), PreActivation(16, 16))
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
-    )
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
 
 
 def _inverted() -> nn.Module:

@@ -1,4 +1,4 @@
-"""What recording gives: a level for each forward that a graph can say, leaves, opaque calls; and their shapes in Python.
+"""What recording gives: a level for each forward that a graph can say, leaves, and calls that stay opaque.
 
 A level is one deep: the children that a forward calls are `call_module` nodes of its graph, and levels of their own.
 """

@@ -43,7 +43,7 @@ def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def make_probe(module: nn.Module) -> nn.Module:
     """An empty probe for a module."""
-    probe: nn.Module = object.__new__(_probe_class(own_class(module)))
+    probe: nn.Module = object.__new__(_probe_class(own_class(module)))  # type: ignore[arg-type]
     return probe
 
 

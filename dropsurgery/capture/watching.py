@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def watched(recorder: Recorder) -> Iterator[None]:
-    """Notice the calls that leave no trace in a graph: activation checkpoints, questions about autocast and grad mode."""
+    """While recording, mark checkpointed regions and note what Python asks torch for."""
     home = torch.utils.checkpoint
     thread = threading.get_ident()
 

@@ -36,9 +36,7 @@ def check_rate(name: str, value: object) -> float:
 
 def rate_tensor(p: float | Tensor, device: torch.device) -> Tensor:
     """Return `p` as a 0-dim tensor; a SurgeryError if it is a number out of [0, 1] (tensors are not read)."""
-    return (
-        p if isinstance(p, Tensor) else torch.tensor(check_rate("p", p), dtype=torch.float32, device=device)
-    )
+    return p if isinstance(p, Tensor) else torch.tensor(check_rate("p", p), dtype=torch.float32, device=device)
 
 
 class Regularizer(nn.Module):
@@ -79,9 +77,7 @@ class Regularizer(nn.Module):
         self.get_buffer(name).fill_(value)
         self._nonzero = any(self._rates.values())
 
-    def build(
-        self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str
-    ) -> None:
+    def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
         """Take the facts of the site; a SurgeryError says why this regularizer cannot work there."""
         if channel_axis is not None:
             self.channel_axis = channel_axis

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dropsurgery.regularizers._coverage import seed_probability
 
+CPU = torch.device("cpu")  # said at each tensor made here: the user may have set another default
 _ROWS = 255  # as many bytes of 0 or 1 as a byte can add up
 
 
@@ -57,13 +58,14 @@ class Draw:
         end = math.prod(self.region)
         generator = torch.Generator().manual_seed(self.key)
         if self.gamma == 0:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device=CPU)
         rate = -math.log1p(-self.gamma)
         room = int(end * self.gamma + 6 * math.sqrt(end * self.gamma)) + 8  # seldom too small
         last, found = -1.0, []
         while last < end:
             # -log(1 - u) / rate is exponential, its floor geometric; float64, or small rates lose gaps.
-            gaps = torch.rand(room, dtype=torch.float64, generator=generator).neg_().log1p_().mul_(-1 / rate)
+            numbers = torch.rand(room, dtype=torch.float64, device=CPU, generator=generator)
+            gaps = numbers.neg_().log1p_().mul_(-1 / rate)
             found.append(gaps.floor_().clamp_(max=end).add_(1).cumsum_(0).add_(last))
             last = found[-1][-1].item()
         seeds = torch.cat(found)
@@ -73,11 +75,11 @@ class Draw:
         """Return bytes (B, C or 1, H, W), 1 where dropped; H = W = 1 where a block is the whole map."""
         region = self.region
         generator = torch.Generator().manual_seed(self.key)
-        words = torch.empty(region, dtype=torch.int32).random_(generator=generator)  # 31 bits
+        words = torch.empty(region, dtype=torch.int32, device=CPU).random_(generator=generator)  # 31 bits
         seeds = (words <= round(self.gamma * 2**31) - 1).view(torch.uint8)
         if region[2:] == (1, 1) or self.block == (1, 1):
             return seeds
-        mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8)
+        mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8, device=CPU)
         mask[..., : region[2], : region[3]] = seeds
         # No block leaves its row or map, so the mask can be spread as if it were one long row.
         _spread_(mask.view(-1), 1, self.block[1])
@@ -86,7 +88,7 @@ class Draw:
 
     def count(self, seeds: Tensor) -> int:
         """How many cells the blocks of `seeds` cover; a cell under two blocks counts once."""
-        mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8)
+        mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8, device=CPU)
         self.fill_(mask, seeds, 1)
         return count_ones(mask)
 
@@ -156,9 +158,7 @@ def _scaled(x: Tensor, draw: Draw, rescale: float | None) -> tuple[Tensor, float
     return y, rescale
 
 
-@torch.library.custom_op(
-    "dropsurgery::drop_blocks", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
-)
+@torch.library.custom_op("dropsurgery::drop_blocks", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def drop_blocks(
     x: Tensor,
     p: Tensor,
@@ -173,12 +173,12 @@ def drop_blocks(
     Rescale by what was kept if `counted`, else by 1 / (1 - p). Return the result, and what repeats the draw:
     float64 (key, gamma, scale). Without `key`, one is drawn from torch's global generator.
     """
-    seed = torch.empty((), dtype=torch.float64).random_() if key is None else key
+    seed = torch.empty((), dtype=torch.float64, device=CPU).random_() if key is None else key
     rate = float(p)
     gamma = seed_probability(rate, x.shape[2:], block, exact) if x.numel() else 0.0
     rescale = None if counted else 1 / (1 - rate) if rate < 1 else 0.0
     y, scale = _scaled(x, _draw(x, block, share_channels, gamma, int(seed)), rescale)
-    return y, torch.tensor([float(seed), gamma, scale], dtype=torch.float64)
+    return y, torch.tensor([float(seed), gamma, scale], dtype=torch.float64, device=CPU)
 
 
 @torch.library.custom_op("dropsurgery::repeat_drop_blocks", mutates_args=())
@@ -198,7 +198,7 @@ def _(
     exact: bool,
     counted: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x * 1.0, torch.empty(3, dtype=torch.float64)
+    return x * 1.0, torch.empty(3, dtype=torch.float64, device=CPU)
 
 
 @repeat_drop_blocks.register_fake

@@ -6,7 +6,6 @@ of the seed; on a map by n_ij = a_i * b_j, so that it is dropped with probabilit
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -18,7 +17,7 @@ _SECTIONS = 256  # of the interval at each of 7 rounds: 56 bits
 
 def expected_share(gamma: float, size: Sequence[int], block: Sequence[int]) -> float:
     """Return the mean over the map of P(dropped), for `size` = (H, W) and a `block` that fits into it."""
-    return float(_share(torch.tensor([gamma], dtype=torch.float64), size, block))
+    return float(_share(torch.tensor([gamma], dtype=torch.float64, device="cpu"), size, block))
 
 
 def paper_factor(size: Sequence[int], block: Sequence[int]) -> float:
@@ -48,16 +47,18 @@ def exact_probability(p: Tensor, size: Sequence[int], block: Sequence[int]) -> T
 
 @lru_cache(maxsize=4096)
 def _exact_once(p: float, size: tuple[int, int], block: tuple[int, int]) -> float:
-    return float(exact_probability(torch.tensor(p, dtype=torch.float64), size, block))
+    return float(exact_probability(torch.tensor(p, dtype=torch.float64, device="cpu"), size, block))
 
 
 def _share(gammas: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor:
     """Expected share at each of `gammas` (float64)."""
-    rows, columns = (_covers(length, k) for length, k in zip(size, block, strict=True))
-    counts = Counter(a * b for a in rows for b in columns)
-    kept = sum((1 - gammas) ** n * (times / (size[0] * size[1])) for n, times in counts.items())
-    return 1 - torch.as_tensor(kept)
+    (rows, high), (columns, wide) = (_covers(*axis, gammas) for axis in zip(size, block, strict=True))
+    spared = (1 - gammas)[:, None] ** torch.outer(rows, columns).flatten()
+    return 1 - spared @ torch.outer(high, wide).flatten() / (size[0] * size[1])
 
 
-def _covers(length: int, k: int) -> list[int]:
-    return [min(i, length - k) - max(0, i - k + 1) + 1 for i in range(length)]
+def _covers(length: int, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The values that a_i takes, 1 to m, and how many cells each: a_i rises by 1 from each end up to m."""
+    most = min(k, length - k + 1)
+    values = torch.arange(1, most + 1, dtype=like.dtype, device=like.device)
+    return values, torch.where(values == most, length - 2 * most + 2.0, 2.0).to(like.dtype)

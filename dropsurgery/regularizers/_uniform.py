@@ -34,9 +34,7 @@ def _(shape: Sequence[int], device: torch.device, key: Tensor) -> Tensor:
     return torch.empty(shape, device=device, dtype=torch.float32)
 
 
-def keep_scale(
-    shape: Sequence[int], p: Tensor, like: Tensor, key: Tensor | None, *, rescale: bool = True
-) -> Tensor:
+def keep_scale(shape: Sequence[int], p: Tensor, like: Tensor, key: Tensor | None, *, rescale: bool = True) -> Tensor:
     """Return a factor of `shape`, in the dtype of `like`: 0 with probability `p`, else 1 / (1 - p) or 1."""
     kept = uniform(shape, like.device, key) >= p
     # At p = 1 nothing is kept, and the scale only has to be finite.

@@ -100,9 +100,7 @@ class DropBlock(Regularizer):
         self.gamma = gamma
         self.clamp = clamp
 
-    def build(
-        self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str
-    ) -> None:
+    def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
         """Take the facts; a SurgeryError unless the tensor is a batch of maps whose channel axis is known."""
         if len(shape) != 4:
             raise SurgeryError(
@@ -110,9 +108,7 @@ class DropBlock(Regularizer):
                 f"{shape}, which has no rows and columns; use dropout there"
             )
         if channel_axis is None:
-            raise SurgeryError(
-                f"dropblock at {site_id}: expected a known channel axis, got none for shape {shape}"
-            )
+            raise SurgeryError(f"dropblock at {site_id}: expected a known channel axis, got none for shape {shape}")
         super().build(channel_axis=channel_axis, channels=channels, shape=shape, site_id=site_id)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,18 +130,12 @@ class DropBlock(Regularizer):
         """Return the expected share of dropped cells for maps of `shape`, in closed form."""
         size = tuple(shape[2:] if self.channel_axis == 1 else shape[1:3])
         block = _block(size, self.block_size, self.clamp)
-        return expected_share(
-            seed_probability(self._rates["p"], size, block, self.gamma == "exact"), size, block
-        )
+        return expected_share(seed_probability(self._rates["p"], size, block, self.gamma == "exact"), size, block)
 
     def extra_repr(self) -> str:
         """Return the rate, the block size, and the options that differ from the authors'."""
         options = {"share_channels": False, "gamma": "paper", "clamp": "dimension"}
-        changed = [
-            f"{name}={getattr(self, name)!r}"
-            for name, usual in options.items()
-            if getattr(self, name) != usual
-        ]
+        changed = [f"{name}={getattr(self, name)!r}" for name, usual in options.items() if getattr(self, name) != usual]
         return ", ".join([super().extra_repr(), f"block_size={self.block_size}", *changed])
 
 

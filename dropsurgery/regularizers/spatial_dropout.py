@@ -14,18 +14,14 @@ from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, requi
 from dropsurgery.regularizers._uniform import keep_scale
 
 
-def spatial_dropout(
-    x: Tensor, p: float | Tensor, *, channel_axis: int = 1, key: Tensor | None = None
-) -> Tensor:
+def spatial_dropout(x: Tensor, p: float | Tensor, *, channel_axis: int = 1, key: Tensor | None = None) -> Tensor:
     """Drop each channel of each sample of `x` with probability `p` and divide the others by 1 - p.
 
     `x` is (B, C, H, W), or (B, H, W, C) with `channel_axis` -1. `key`, a 0-dim int64 CPU tensor, is what the
     random numbers depend on; None for torch's global generator. A SurgeryError if `x` is not of rank 4, or
     `p` a number out of [0, 1].
     """
-    require(
-        x.dim() == 4, "input of spatial_dropout", "4 dimensions (B, C, H, W) or (B, H, W, C)", tuple(x.shape)
-    )
+    require(x.dim() == 4, "input of spatial_dropout", "4 dimensions (B, C, H, W) or (B, H, W, C)", tuple(x.shape))
     shape = [x.shape[0], 1, 1, 1]
     shape[channel_axis] = x.shape[channel_axis]
     return x * keep_scale(shape, rate_tensor(p, x.device), x, key)
@@ -43,9 +39,7 @@ class SpatialDropout(Regularizer):
     def __init__(self, p: Rate = 0.1) -> None:
         super().__init__(p=p)
 
-    def build(
-        self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str
-    ) -> None:
+    def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
         """Take the facts; a SurgeryError unless the tensor is a batch of maps whose channel axis is known."""
         if len(shape) != 4 or channel_axis is None:
             raise SurgeryError(

@@ -1,8 +1,8 @@
 """DropBlock beside its peers, forward and backward, in one run: `python tests/benchmarks/bench_dropblock.py`.
 
 The contenders take turns, and medians are compared. The exit code is 1 where a bound is missed: at
-32x256x14x14, k = 7, p = 0.1, DropBlock is 8 times as fast as torchvision's and timm's per-channel one, and faster
-than F.dropout. A bound that is missed is tried again, for the machine may have been busy.
+32x256x14x14, k = 7, p = 0.1, DropBlock is 8 times as fast as torchvision's and timm's per-channel one, and
+faster than F.dropout. A bound that is missed is tried again, for the machine may have been busy.
 """
 
 from __future__ import annotations
@@ -71,25 +71,18 @@ def share_dropped(call: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> f
 
 
 def report(shape: tuple[int, ...], k: int, p: float, medians: dict[str, float]) -> None:
-    print(
-        f"\n{'x'.join(map(str, shape))}, k = {k}, p = {p}: expected {DropBlock(p, k).expected_drop(shape):.4f}"
-    )
+    expected = DropBlock(p, k).expected_drop(shape)
+    print(f"\n{'x'.join(map(str, shape))}, k = {k}, p = {p}: expected to drop {expected:.4f}")
     print(f"  {'':12}{'ms':>9}{'ours is':>12}{'of x * c':>11}{'dropped':>10}")
     for name, call in contenders(k, p).items():
         ratio = f"{medians[name] / medians['dropsurgery']:.2f}x"
-        limit = f"{medians[name] / medians['x * c']:.1f}"
-        print(
-            f"  {name:12}{medians[name] * 1e3:9.2f}{ratio:>12}{limit:>11}{share_dropped(call, shape):10.4f}"
-        )
+        limit, share = medians[name] / medians["x * c"], share_dropped(call, shape)
+        print(f"  {name:12}{medians[name] * 1e3:9.2f}{ratio:>12}{limit:11.1f}{share:10.4f}")
 
 
 def missed(medians: dict[str, float]) -> list[str]:
     ratios = {name: medians[name] / medians["dropsurgery"] for name in BOUNDS}
-    return [
-        f"{name}: {ratios[name]:.2f}x, bound {bound}x"
-        for name, bound in BOUNDS.items()
-        if ratios[name] < bound
-    ]
+    return [f"{name}: {ratios[name]:.2f}x, bound {bound}x" for name, bound in BOUNDS.items() if ratios[name] < bound]
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,12 +17,12 @@ from tests.zoo import ZOO, BasicBlock, residual
 FACTS = ("stage", "reduction", "depth", "block", "flow", "role", "channel_axis", "channels", "trainable")
 
 
-@lru_cache(maxsize=None)
+@cache
 def timm_graph(name: str, **options: Any) -> fx.Graph:
     return capture(timm.create_model(name, **options)).view.graph
 
 
-@lru_cache(maxsize=None)
+@cache
 def smp_graph(architecture: str, encoder: str) -> fx.Graph:
     net = getattr(smp, architecture)(encoder, encoder_weights=None)
     return capture(net, torch.zeros(1, 3, 224, 224)).view.graph
@@ -94,10 +94,7 @@ def test_isotropic_nets_have_no_stages(name: str) -> None:
 def test_dilation_changes_the_reduction_but_no_other_fact() -> None:
     plain, dilated = timm_graph("resnet50"), timm_graph("resnet50", output_stride=8)
     different = {
-        fact
-        for a, b in zip(plain.nodes, dilated.nodes, strict=True)
-        for fact in FACTS
-        if a.meta[fact] != b.meta[fact]
+        fact for a, b in zip(plain.nodes, dilated.nodes, strict=True) for fact in FACTS if a.meta[fact] != b.meta[fact]
     }
     assert different == {"reduction"}
 
@@ -106,9 +103,7 @@ def test_dilation_changes_the_reduction_but_no_other_fact() -> None:
 def test_stages_do_not_hang_on_the_image_size(size: int) -> None:
     graph = capture(timm.create_model("resnet18"), torch.zeros(1, 3, size, size)).view.graph
     layer4 = leaves(graph, "layer4.1")
-    assert {(node.meta["stage"], node.meta["reduction"], node.meta["role"]) for node in layer4} == {
-        (4, 32, "backbone")
-    }
+    assert {(node.meta["stage"], node.meta["reduction"], node.meta["role"]) for node in layer4} == {(4, 32, "backbone")}
 
 
 def test_nets_for_small_images_count_from_their_first_block() -> None:
@@ -125,9 +120,7 @@ def test_dilation_stands_in_for_a_stride() -> None:
 
 def test_reduction_and_channels() -> None:
     graph = timm_graph("resnet50")
-    measured = {
-        path: leaves(graph, path)[-1].meta for path in ("conv1", "layer1", "layer2", "layer3", "layer4")
-    }
+    measured = {path: leaves(graph, path)[-1].meta for path in ("conv1", "layer1", "layer2", "layer3", "layer4")}
     assert [meta["reduction"] for meta in measured.values()] == [2, 4, 8, 16, 32]
     assert [meta["channels"] for meta in measured.values()] == [64, 256, 512, 1024, 2048]
     assert {meta["channel_axis"] for meta in measured.values()} == {1}
@@ -198,9 +191,7 @@ def test_roles_of_segmentation_nets(architecture: str, encoder: str) -> None:
 def test_roles_of_a_classifier_and_of_a_lateral_connection() -> None:
     graph = timm_graph("efficientnet_b0")
     assert {node.meta["role"] for node in leaves(graph, "blocks.")} == {"backbone"}
-    assert {node.meta["role"] for node in (*leaves(graph, "global_pool"), *leaves(graph, "classifier"))} == {
-        "head"
-    }
+    assert {node.meta["role"] for node in (*leaves(graph, "global_pool"), *leaves(graph, "classifier"))} == {"head"}
     pyramid = zoo_graph("pyramid")
     roles = {path: leaves(pyramid, path)[0].meta["role"] for path in ("layer2.first", "lateral1", "head")}
     assert roles == {"layer2.first": "encoder", "lateral1": "skip", "head": "head"}
@@ -241,9 +232,7 @@ def test_frozen_parameters_are_seen_downstream() -> None:
 def renamed(graph: fx.Graph, rename: Callable[[str], str]) -> None:
     for node in graph.nodes:
         for key in ("owner", "path"):
-            node.meta[key] = (
-                ".".join(rename(part) for part in node.meta[key].split(".")) if node.meta[key] else ""
-            )
+            node.meta[key] = ".".join(rename(part) for part in node.meta[key].split(".")) if node.meta[key] else ""
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))

@@ -52,7 +52,7 @@ FAMILIES = {
     "convnext": Family(_timm("convnext_atto")),
     "efficientnet": Family(_timm("efficientnet_b0")),
     "mobilenetv3": Family(_timm("mobilenetv3_small_050")),
-    "vgg": Family(_timm("vgg11_bn", num_features=32), size=64, others=(224, 256)),
+    "vgg": Family(_timm("vgg11_bn", mlp_ratio=0.02), size=64, others=(224, 256)),
     "densenet": Family(_timm("densenet121", block_config=(2, 2, 2, 2))),
     "vit": Family(_timm("vit_tiny_patch16_224", img_size=64, depth=3), others=(), refused=80),
     "vit_dynamic": Family(_timm("vit_tiny_patch16_224", img_size=64, depth=2, dynamic_img_size=True)),

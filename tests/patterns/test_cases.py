@@ -8,7 +8,7 @@ among the misses.
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ CASES = {path.stem: YAML(typ="safe").load(path) for path in sorted(HERE.glob("*.
 FACTS = {"stages": "stage", "flows": "flow", "roles": "role"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def graph_of(model: str) -> fx.Graph:
     home, _, name = model.rpartition("zoo:")
     if home or name != model:
@@ -57,18 +57,12 @@ def problems_of(pattern: str, case: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("pattern", catalogue.names("patterns"))
 def test_pattern_has_cases(pattern: str) -> None:
-    assert any(case["count"] for case in CASES.get(pattern, [])), (
-        f"tests/patterns/{pattern}.yaml has no case that hits"
-    )
+    assert any(case["count"] for case in CASES.get(pattern, [])), f"tests/patterns/{pattern}.yaml has no case that hits"
 
 
 @pytest.mark.parametrize(
     ("pattern", "case"),
-    [
-        pytest.param(name, case, id=f"{name}-{case['model']}")
-        for name, cases in CASES.items()
-        for case in cases
-    ],
+    [pytest.param(name, case, id=f"{name}-{case['model']}") for name, cases in CASES.items() for case in cases],
 )
 def test_case(pattern: str, case: dict[str, Any]) -> None:
     assert problems_of(pattern, case) == []

@@ -166,9 +166,7 @@ def recomputes_the_same(make: Make) -> None:
             runs = []
             for _ in range(6):  # all forwards before all backwards, as in gradient accumulation
                 x = torch.randn(SHAPE).abs_().add_(0.1).requires_grad_()
-                runs.append(
-                    (x, checkpoint(lambda x, layer=layer: layer(x).square(), x, use_reentrant=reentrant))
-                )
+                runs.append((x, checkpoint(lambda x, layer=layer: layer(x).square(), x, use_reentrant=reentrant)))
                 torch.rand(3)
             for x, y in runs:
                 y.sum().backward()
@@ -177,6 +175,10 @@ def recomputes_the_same(make: Make) -> None:
 
 
 def takes_every_shape(make: Make) -> None:
+    layer, x = make(), torch.ones(SHAPE)
+    layer.context = Context(seed=1)
+    with torch.device("meta"):  # a default device that is not the input's
+        assert layer(x).device == x.device and 0 < layer.expected_drop(SHAPE) < 1
     for shape in ((1, 1, 1, 1), (2, 3, 5, 9), (1, 4, 7, 7), (3, 1, 2, 1), (0, 3, 7, 7)):
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             x = torch.ones(shape, dtype=dtype, requires_grad=True)

@@ -110,10 +110,8 @@ def test_a_block_as_large_as_the_map_drops_whole_channels(way: str, size: tuple[
 def test_realised_drop_is_the_closed_form(length: int, k: int, p: float, expected: float) -> None:  # P4
     torch.manual_seed(0)
     layer = DropBlock(p, k)
-    assert layer.expected_drop((1, 1, length, length)) == pytest.approx(
-        expected, abs=6e-6 if expected < 0.2 else 6e-5
-    )
-    maps = 102_400 if length < 28 else 12_800
+    assert layer.expected_drop((1, 1, length, length)) == pytest.approx(expected, abs=6e-6 if expected < 0.2 else 6e-5)
+    maps = 102_400 if length <= 14 else 12_800
     mean, error = shares_and_error(dropped(p, k, (256, maps // 256, length, length)))
     assert abs(mean - layer.expected_drop((1, 1, length, length))) <= 4 * error
     assert mean <= p + 4 * error
@@ -146,9 +144,7 @@ def test_what_is_dropped_is_a_union_of_blocks(way: str, k: int, size: tuple[int,
 
 
 @pytest.mark.parametrize(("k", "size"), [(7, (14, 14)), (4, (5, 9)), (6, (12, 20)), (9, (5, 9))])
-def test_each_cell_is_dropped_as_often_as_its_seeds_say(
-    way: str, k: int, size: tuple[int, int]
-) -> None:  # P5
+def test_each_cell_is_dropped_as_often_as_its_seeds_say(way: str, k: int, size: tuple[int, int]) -> None:  # P5
     torch.manual_seed(0)
     p, maps = 0.1, (400, 50)
     (h, w), (kh, kw) = size, (min(k, size[0]), min(k, size[1]))
@@ -383,7 +379,7 @@ def test_compiled_is_eager_in_every_size_and_layout(dynamic: bool | None) -> Non
     torch._dynamo.reset()
     eager, twin = TwoOnOneInput(seed=3), TwoOnOneInput(seed=3)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for shape in ((2, 3, 9, 9), (3, 3, 12, 10), (5, 3, 7, 20)):
+    for shape in ((2, 3, 9, 9), (3, 3, 7, 10)):
         x = torch.randn(shape).to(memory_format=torch.channels_last)
         expected, got = eager(x), compiled(x)
         assert not torch.equal(got[0], got[1])
@@ -425,7 +421,5 @@ def test_the_way_of_other_devices_compiles_with_a_moving_rate(exact: bool) -> No
         y.sum().backward()
         assert torch.equal(x.grad, y)
         mean, error = shares_and_error(y == 0)
-        expected = (
-            rate if exact else expected_share(seed_probability(rate, (9, 12), (3, 4), False), (9, 12), (3, 4))
-        )
+        expected = rate if exact else expected_share(seed_probability(rate, (9, 12), (3, 4), False), (9, 12), (3, 4))
         assert abs(mean - expected) <= 4 * error

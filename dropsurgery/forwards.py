@@ -1,0 +1,356 @@
+"""Generated forwards: compiled from a recorded level with the regularizers called in it, one variant a signature.
+
+A generated forward never runs where its recording may not hold. What Python had decided while recording (from sizes,
+dtypes, the values of arguments that are no tensors, the mode) is part of a signature; another signature is recorded
+anew. Attributes that the forward read are watched where they are set (`emission.Surgical`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dropsurgery.capture import Leaf, Level, record
+from dropsurgery.capture.levels import map_tree
+from dropsurgery.errors import CaptureError, SurgeryError
+from dropsurgery.graph import LocalName, carve, insert_after, insert_on, local_names
+from dropsurgery.trees import attribute_at, own_class
+
+SLOTS = "_surgery"
+"""The child under which a module keeps the regularizers of the edits that it owns."""
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LocalEdit:
+    """An edit within its owner: on the output of a node, or (with `operand`) on one of its arguments."""
+
+    name: LocalName
+    operand: int | tuple[int, int] | None
+    slot: str
+    site_id: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is kept of an example tensor: enough to record a forward again."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    def tensor(self) -> torch.Tensor:
+        """A tensor like the example; it takes no memory."""
+        made = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+        return made.requires_grad_(self.requires_grad)
+
+
+@dataclass(eq=False)
+class Variant:
+    """A generated forward for one signature. `missing` are edits that have no place in it."""
+
+    graph: fx.Graph
+    run: Callable[..., Any]
+    missing: tuple[LocalEdit, ...] = ()
+
+
+@dataclass
+class Owner:
+    """What a rewritten module knows of its own rewriting; everything else is derived from it.
+
+    `example` are the arguments it was recorded with (specs for tensors), `edits` what was inserted. `exact` asks for
+    full signatures (shapes, dtypes, devices …), else only structure is compared: which arguments are tensors of which
+    rank, and the values of the others. `by_mode` says that training and eval have variants of their own.
+    """
+
+    edits: tuple[LocalEdit, ...]
+    example: Example
+    exact: bool = False
+    by_mode: bool = False
+    guarded_tensors: tuple[str, ...] = ()
+    foreign: tuple[tuple[str, str], ...] = ()
+    watched: dict[str, Any] = field(default_factory=dict)
+    variants: dict[Any, Variant] = field(default_factory=dict)
+
+    def dispatches(self, forward: Callable[..., Any]) -> bool:
+        """Whether calls of this forward have to be told apart at all: not where all it ever takes are tensors."""
+        args, kwargs = self.example
+        plain = all(isinstance(item, Spec) for item in args) and not kwargs
+        more = len(inspect.signature(forward).parameters) > len(args) + 1
+        return not plain or more or self.exact or self.by_mode or bool(self.foreign)
+
+
+def clean(graph: fx.Graph) -> fx.Graph:
+    """A copy without the fake values of the recording."""
+    made = fx.Graph()
+    moved: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        moved[node] = made.node_copy(node, lambda n: moved[n])
+        moved[node].meta = {key: node.meta[key] for key in ("region", "random") if key in node.meta}
+    return made
+
+
+def graph_key(graph: fx.Graph) -> tuple[Any, ...]:
+    """What a graph computes, comparable between recordings."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+
+    def leaf(item: Any) -> Any:
+        return ("node", order[item]) if isinstance(item, fx.Node) else item
+
+    return tuple((n.op, n.target, repr(map_tree((n.args, n.kwargs), leaf))) for n in graph.nodes)
+
+
+# -- generating a forward ----------------------------------------------------------------------------------------
+def install(module: nn.Module, owner: Owner, level: Level | None = None) -> None:
+    """Derive everything from the owner's edits and example: guards, watched attributes, the first variant."""
+    module.__dict__["_owner"] = owner
+    getattr(module, SLOTS).forget_regions()
+    args, kwargs = tensors_of(owner.example)
+    if level is None:
+        level = _recorded(module, args, kwargs, training=False)
+    _note(owner, level)
+    variants = {module.training: _variant(module, owner, level)}
+    if level.reads_training:
+        other = _recorded(module, args, kwargs, training=True)
+        _note(owner, other)
+        owner.by_mode = graph_key(level.graph) != graph_key(other.graph)
+        if owner.by_mode:
+            variants = {False: _variant(module, owner, level), True: _variant(module, owner, other)}
+    for mode, variant in variants.items():
+        if variant.missing:
+            raise CaptureError(_lost(module, variant.missing))
+        owner.variants[_signature(module, owner, mode, args, kwargs)] = variant
+    module.__dict__["_graph"] = next(iter(variants.values())).graph
+    module.recompile()  # type: ignore[operator]
+    choose_forward(module)
+
+
+def tell_apart(module: nn.Module, levels: list[Level]) -> None:
+    """A module that is called several times: where its calls differ in their graphs, compare signatures exactly."""
+    if len({graph_key(level.graph) for level in levels}) == 1:
+        return
+    owner: Owner = module.__dict__["_owner"]
+    owner.exact = True
+    owner.variants.clear()
+    for level in levels:
+        _note(owner, level)
+        signature = _signature(module, owner, module.training, *tensors_of(map_tree(level.inputs, spec_of)))
+        owner.variants[signature] = _variant(module, owner, level)
+    choose_forward(module)
+
+
+def _note(owner: Owner, level: Level) -> None:
+    """Take over what a level took for granted."""
+    owner.exact = owner.exact or bool(level.guards)
+    owner.guarded_tensors = tuple({*owner.guarded_tensors, *level.guarded_tensors})
+    plain = {key: value for key, value in level.reads.items() if not isinstance(value, nn.Module)}
+    owner.foreign = tuple({*owner.foreign, *((path, name) for path, name in plain if path and name != "training")})
+    owner.watched.update(
+        {name: value for (path, name), value in level.reads.items() if not path and name != "training"}
+    )
+
+
+def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Level:
+    level = record(module, args, kwargs, training=training)
+    if isinstance(level, Level):
+        return level
+    reason = level.reason if not isinstance(level, Leaf) else "it is one operation"
+    raise CaptureError(f"the forward of {own_class(module).__name__} cannot be recorded as it is now: {reason}")
+
+
+def _variant(module: nn.Module, owner: Owner, level: Level) -> Variant:
+    graph = clean(level.graph)
+    missing = apply_edits(graph, owner.edits, module)
+    for index, rerun in enumerate(level.regions):
+        nodes = [node for node in graph.nodes if node.meta.get("region") == index]
+        slots: Slots = getattr(module, SLOTS)
+        name = f"region{len(slots._modules)}"
+        slots.add_module(name, Region(module, _compiled(carve(graph, nodes, f"{SLOTS}.{name}")), rerun))
+    graph.lint()
+    return Variant(graph, _compiled(graph), missing)
+
+
+def apply_edits(graph: fx.Graph, edits: tuple[LocalEdit, ...], module: nn.Module) -> tuple[LocalEdit, ...]:
+    """Insert the regularizers into a level's graph; gives the edits that found no place."""
+    names = local_names(graph)
+    missing = []
+    # Operands first: an edit on an output must see the users that they leave.
+    for edit in sorted(edits, key=lambda e: e.operand is None):
+        node = names.get(edit.name)
+        target = f"{SLOTS}.{edit.slot}"
+        if node is None:
+            missing.append(edit)
+        elif edit.operand is None:
+            made = insert_after(node, target, module_of=module.get_submodule)
+            _same_region(node, made)
+        else:
+            _same_region(node, insert_on(node, edit.operand, target))
+    return tuple(missing)
+
+
+def _same_region(node: fx.Node, made: fx.Node) -> None:
+    if "region" in node.meta:
+        made.meta["region"] = node.meta["region"]
+
+
+def _compiled(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a function of (self, *inputs)."""
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<dropsurgery>", "exec"), namespace)
+    return namespace["forward"]  # type: ignore[no-any-return]
+
+
+class Slots(nn.Module):
+    """Holds the regularizers of one owner, and the checkpointed regions of its forward."""
+
+    def forget_regions(self) -> None:
+        """Drop what is derived from the owner's forward."""
+        for name in [name for name, child in self._modules.items() if isinstance(child, Region)]:
+            del self._modules[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = dict(self.__dict__)
+        fields["_modules"] = {k: child for k, child in self._modules.items() if not isinstance(child, Region)}
+        return fields
+
+
+class Region(nn.Module):
+    """A part of a generated forward that runs under the model's own activation checkpoint."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], rerun: Callable[..., Any]) -> None:
+        super().__init__()
+        # Kept out of `_modules`: the region is a part of the module, not the other way round.
+        self.__dict__["_module"] = module
+        self._function = function
+        self._rerun = rerun
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the part through `torch.utils.checkpoint`, as the model's own forward does."""
+        return self._rerun(functools.partial(self._function, self.__dict__["_module"]), *inputs)
+
+
+# -- choosing a variant --------------------------------------------------------------------------------------------
+def choose_forward(module: nn.Module) -> None:
+    """Give the module's class its forward: the only variant there is, or one that chooses among them."""
+    owner: Owner = module.__dict__["_owner"]
+    cls: Any = type(module)
+    first = next(iter(owner.variants.values()), None)
+    told_apart = first is None or owner.dispatches(own_class(module).forward)
+    cls.forward = _dispatch if first is None or told_apart else first.run
+
+
+def _dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
+    owner: Owner = self._owner
+    variant = owner.variants.get(_signature(self, owner, self.training, args, kwargs))
+    if variant is None:
+        variant = _record_variant(self, owner, args, kwargs)
+    if variant.missing:
+        _refuse_missing(self, variant.missing)
+    return variant.run(self, *args, **kwargs)
+
+
+def _signature(module: Any, owner: Owner, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a variant depends on, of these arguments and of the world."""
+    describe = _exactly if owner.exact else _roughly
+    items: list[Any] = [describe(item) for item in args]
+    items += [(name, describe(item)) for name, item in sorted(kwargs.items())]
+    if owner.by_mode:
+        items.append(training)
+    if owner.exact:
+        items += [
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
+        ]
+        items += [(tensor.dtype, tensor.device) for tensor in _guarded(module, owner)]
+    items += [getattr(module.get_submodule(path), name) for path, name in owner.foreign]
+    return tuple(items)
+
+
+def _exactly(item: Any) -> Any:
+    if isinstance(item, torch.Tensor):
+        return (tuple(item.shape), item.dtype, item.device, item.requires_grad, item.is_contiguous())
+    if isinstance(item, (list, tuple)):
+        return tuple([_exactly(part) for part in item])
+    if isinstance(item, dict):
+        return tuple([(key, _exactly(part)) for key, part in item.items()])
+    return (type(item), item)
+
+
+def _roughly(item: Any) -> Any:
+    if isinstance(item, torch.Tensor):
+        return item.ndim
+    if isinstance(item, (list, tuple)):
+        return tuple([_roughly(part) for part in item])
+    if isinstance(item, dict):
+        return tuple([(key, _roughly(part)) for key, part in item.items()])
+    return (type(item), item)
+
+
+def _guarded(module: nn.Module, owner: Owner) -> list[torch.Tensor]:
+    return [attribute_at(module, path) for path in owner.guarded_tensors]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _record_variant(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+    """Record the forward for a signature that was not met before.
+
+    Where the model itself refuses the input, its own error is raised.
+    """
+    key = _signature(module, owner, module.training, args, kwargs)
+    try:
+        level = _recorded(module, args, kwargs, training=module.training)
+    except CaptureError as error:
+        if error.__cause__ is not None:
+            raise error.__cause__ from None
+        raise
+    exact = owner.exact
+    _note(owner, level)
+    if owner.exact and not exact:  # what was told apart roughly until now is not told apart enough
+        owner.variants.clear()
+        key = _signature(module, owner, module.training, args, kwargs)
+    owner.variants[key] = _variant(module, owner, level)
+    return owner.variants[key]
+
+
+def _refuse_missing(module: nn.Module, missing: tuple[LocalEdit, ...]) -> None:
+    """Training without a regularizer that was asked for would be silent."""
+    slots: Slots = getattr(module, SLOTS)
+    if any(slots.get_submodule(edit.slot).active for edit in missing):
+        raise SurgeryError(_lost(module, missing))
+
+
+def _lost(module: nn.Module, missing: tuple[LocalEdit, ...]) -> str:
+    names = ", ".join(f"{edit.site_id} ({edit.name[0]})" for edit in missing)
+    return (
+        f"the forward of {own_class(module).__name__} does not pass {names} on this input or in this mode: "
+        "expected the place that was found on the example. Leave it out of the recipe, or give example_inputs "
+        "of the size that you train with."
+    )
+
+
+def spec_of(item: Any) -> Any:
+    """The spec of a tensor; anything else as it is."""
+    if isinstance(item, torch.Tensor):
+        return Spec(tuple(item.shape), item.dtype, item.device, item.requires_grad)
+    return item
+
+
+def tensors_of(tree: Any) -> Any:
+    """Nested specs as tensors."""
+    return map_tree(tree, lambda item: item.tensor() if isinstance(item, Spec) else item)
+
+
+def same(before: Any, after: Any) -> bool:
+    """Whether an attribute was set to what it had been."""
+    plain = (int, float, str, tuple, type(None))
+    return before is after or (type(before) is type(after) and isinstance(after, plain) and before == after)
