@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from dropsurgery import catalogue
 from dropsurgery import planning as _planning
-from dropsurgery.capture import capture
+from dropsurgery.capture import Captured, capture
 from dropsurgery.context import Context
 from dropsurgery.errors import PlanError, SurgeryError
 from dropsurgery.planning import Plan, Sites

@@ -118,8 +118,10 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return _count(height), _count(width or height)
+    sizes = [_count(size) for size in text.split("x")]
+    if len(sizes) > 2:
+        raise argparse.ArgumentTypeError(f"expected N or HxW, got {text!r}")
+    return sizes[0], sizes[-1]
 
 
 def _override(text: str) -> str:

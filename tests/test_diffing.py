@@ -40,7 +40,7 @@ class Checkpointed(Tiny):
     """Its first half runs under an activation checkpoint."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(self.half, x, use_reentrant=False)
+        x = checkpoint(self.half, x, use_reentrant=True)
         return F.relu(self.bn2(self.conv2(x)))
 
     def half(self, x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def test_inside_a_checkpoint() -> None:
     both = entry("both", pattern="conv_bn_act")
     text = diff(surgery(Checkpointed(), both), color=False)
     assert "+dropout inside an activation checkpoint  # relu#0:conv_bn_act.output" in text
-    assert "= dropout(relu)  # relu#1:conv_bn_act.output" in text
+    assert "+s1 = dropout(relu_1)  # relu#1:conv_bn_act.output" in text
     assert text.count("dropout") == 2
 
 
@@ -291,7 +291,8 @@ def test_copies_and_saved_models_tell_the_same() -> None:
         assert diff(other, color=False) == diff(gm, color=False)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("transformer", "dense", "pyramid")])
+@pytest.mark.filterwarnings("ignore:trial changes nothing")
+@pytest.mark.parametrize("name", ZOO)
 def test_any_topology(name: str) -> None:
     gm = zoo_surgery(name, *(
         entry(pattern, pattern=pattern, optional=True) for pattern in ("conv_bn_act", "conv_bn")

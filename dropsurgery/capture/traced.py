@@ -54,8 +54,8 @@ class Traced:
         object.__setattr__(self, "_value", value)
 
     # `isinstance(x, torch.Tensor)` and `isinstance(n, int)` ask for `__class__` when the type itself does not fit.
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # read-only: nothing assigns it
+    @property  # type: ignore[misc]  # read-only: nothing assigns it
+    def __class__(self) -> type:
         kind = type(self._value)
         return torch.Tensor if issubclass(kind, FakeTensor) else kind
 

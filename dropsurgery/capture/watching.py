@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,11 @@ import torch.utils.checkpoint
 if TYPE_CHECKING:
     from dropsurgery.capture.frame import Frame
     from dropsurgery.capture.recorder import Recorder
+
+# What `checkpoint` itself calls: newer versions of torch keep the shorter name for others only.
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_GENERATOR += "_impl" if hasattr(torch.utils.checkpoint, _GENERATOR + "_impl") else ""
+_OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug")
 
 
 @contextmanager
@@ -36,7 +42,7 @@ def watched(recorder: Recorder) -> Iterator[None]:
 
         return answer
 
-    reentrant, plain = home.CheckpointFunction, home._checkpoint_without_reentrant_generator
+    reentrant, plain = home.CheckpointFunction, getattr(home, _GENERATOR)
 
     class Reentrant:
         @staticmethod
@@ -48,27 +54,19 @@ def watched(recorder: Recorder) -> Iterator[None]:
             with asked.region(rerun):
                 return function(*args)
 
-    def generator(
-        function: Any, preserve: bool, context_fn: Any, check: str, debug: bool, *rest: Any, **kw: Any
-    ) -> Any:
+    def generator(*args: Any, **kwargs: Any) -> Any:
         asked = frame()
         if asked is None:
-            yield from plain(function, preserve, context_fn, check, debug, *rest, **kw)
+            yield from plain(*args, **kwargs)
             return
-        rerun = functools.partial(
-            home.checkpoint,
-            use_reentrant=False,
-            preserve_rng_state=preserve,
-            context_fn=context_fn,
-            determinism_check=check,
-            debug=debug,
-        )
-        with asked.region(rerun):
+        given = inspect.signature(plain).bind(*args, **kwargs).arguments
+        options = {name: given[name] for name in _OPTIONS if name in given}
+        with asked.region(functools.partial(home.checkpoint, use_reentrant=False, **options)):
             yield
 
     with (
         mock.patch.object(home, "CheckpointFunction", Reentrant),
-        mock.patch.object(home, "_checkpoint_without_reentrant_generator", generator),
+        mock.patch.object(home, _GENERATOR, generator),
         mock.patch.object(torch, "is_autocast_enabled", ask(torch.is_autocast_enabled)),
         mock.patch.object(torch, "is_grad_enabled", ask(torch.is_grad_enabled)),
     ):
