@@ -109,6 +109,8 @@ class Sites:
         if not isinstance(edges, tuple):
             return
         for index, at in enumerate(edges):
+            if "level_node" not in at.node.meta:  # called by a forward that stays opaque: no graph holds this edge
+                continue
             yield site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
 
     @cached_property
@@ -199,8 +201,8 @@ class _Planner:
             raise PlanError("\n  ".join([head, *self.problems]))
         if not edits:
             warnings.warn(
-                f"{self.recipe.name} changes nothing on {type(self.captured.model).__name__}: all entries are optional, "
-                "and none hits anything",
+                f"{self.recipe.name} changes nothing on {type(self.captured.model).__name__}: "
+                "all entries are optional, and none hits anything",
                 SurgeryWarning,
                 stacklevel=4,
             )

@@ -242,7 +242,7 @@ class Surgery:
         return self.scheduler.metadata()
 
     def load_metadata(self, metadata: Mapping[str, Any] | None) -> None:
-        """Take the clock from where a state_dict left it; a SurgeryWarning where it says nothing of a begun schedule."""
+        """Take the clock from a state_dict; a SurgeryWarning where that says nothing of a begun schedule."""
         self.scheduler.load_metadata(metadata)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -346,7 +346,8 @@ def _arguments(batch: Any, model: nn.Module) -> Any:
     if batch is None:
         args, kwargs = example_of(model)
         return map_tree((args, kwargs), _noise)
-    return resolve_inputs(model, batch)
+    (inputs,) = resolve_inputs(model, batch)
+    return inputs
 
 
 def _noise(item: Any) -> Any:

@@ -44,8 +44,9 @@ class Settings:
     """How long everything takes."""
 
     seeds: int = 3
-    pretraining_epochs: int = 2
-    epochs: int = 20
+    pretraining_shots: int = 60
+    pretraining_epochs: int = 5
+    epochs: int = 16
     tests: int = 400
 
 
@@ -115,7 +116,7 @@ def pretrain(file: Path, settings: Settings) -> None:
     torch.manual_seed(0)
     model = timm.create_model(MODEL, in_chans=1, num_classes=5)
     optimizer = new_optimizer(model, lr=0.05)
-    learn, test = digits(0, 4).few(50, settings.tests, seed=0)
+    learn, test = digits(0, 4).few(settings.pretraining_shots, settings.tests, seed=0)
     for epoch in range(settings.pretraining_epochs):
         train_epoch(model, optimizer, learn, seed=epoch)
     torch.save(model.state_dict(), file)
@@ -126,9 +127,7 @@ def pretrained(file: Path, seed: int) -> nn.Module:
     """The saved model with a new classifier for five other classes."""
     torch.manual_seed(seed)
     overlay = {"file": str(file), "input_size": (1, SIZE, SIZE)}
-    return timm.create_model(
-        MODEL, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=5
-    )
+    return timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=5)
 
 
 def operate(model: nn.Module, steps: int, seed: int) -> fx.GraphModule:
@@ -249,12 +248,10 @@ def run(settings: Settings, folder: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     """Run, and report what was measured."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune a timm ResNet on few digits, with and without DropBlock."
-    )
+    parser = argparse.ArgumentParser(description="Fine-tune a timm ResNet on few digits, with and without DropBlock.")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that it runs")
     quick = parser.parse_args().quick
-    settings = Settings(seeds=1, pretraining_epochs=1, epochs=4, tests=50) if quick else Settings()
+    settings = Settings(1, pretraining_shots=10, pretraining_epochs=1, epochs=2, tests=50) if quick else Settings()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         results = run(settings, Path(folder))
@@ -262,9 +259,7 @@ def main() -> None:
     for name, values in results.items():
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         each = ", ".join(f"{value:.3f}" for value in values)
-        console.print(
-            f"  {name:20s} {statistics.mean(values):.3f}{spread}   (seeds: {each})", highlight=False
-        )
+        console.print(f"  {name:20s} {statistics.mean(values):.3f}{spread}   (seeds: {each})", highlight=False)
     console.print(f"{time.perf_counter() - begin:.0f} s")
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -72,6 +75,24 @@ def test_patterns(run: Any) -> None:
     facts = from_json(run, "patterns")
     assert [fact["name"] for fact in facts] == catalogue.names("patterns")
     assert all(fact["edges"] and fact["summary"] for fact in facts)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_table_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue.load("patterns", "residual_add")
+    monkeypatch.setattr(catalogue, "names", lambda kind: ["residual_add"])
+    monkeypatch.setattr(catalogue, "load", lambda kind, name: SimpleNamespace(edges=["[bold]"]))
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert cli.main(["patterns"]) == 0
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in sys.stdout.getvalue().splitlines()]  # type: ignore[attr-defined]
+    (rule,) = [index for index, line in enumerate(lines) if set(line) == {"─"}]
+    assert max(map(len, lines)) <= 60
+    assert lines[rule + 1].startswith("residual_add") and "[bold]" in lines[rule + 1] and len(lines) > rule + 2
 
 
 def test_regularizers(run: Any) -> None:

@@ -25,9 +25,7 @@ def classify(logits: Tensor) -> Tensor:
 
 
 def segment(logits: Tensor) -> Tensor:
-    return F.cross_entropy(
-        logits, torch.arange(logits[:, 0].numel()).view(logits[:, 0].shape) % logits.shape[1]
-    )
+    return F.cross_entropy(logits, torch.arange(logits[:, 0].numel()).view(logits[:, 0].shape) % logits.shape[1])
 
 
 def train(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -139,6 +137,4 @@ def test_smp_encoder_from_a_file_is_fine_tuned_and_goes_back(recipe: str, tmp_pa
 
 def encoder_slower(model: nn.Module) -> torch.optim.Optimizer:
     rest = [*model.decoder.parameters(), *model.segmentation_head.parameters()]
-    return torch.optim.AdamW(
-        [{"params": model.encoder.parameters(), "lr": 1e-4}, {"params": rest, "lr": 1e-3}]
-    )
+    return torch.optim.AdamW([{"params": model.encoder.parameters(), "lr": 1e-4}, {"params": rest, "lr": 1e-3}])

@@ -45,11 +45,24 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
             already rewritten), no inputs known, or its forward raises on them.
     """
     refuse_unfit(model)
-    inputs = resolve_inputs(model, example_inputs)
-    root = record(model, *inputs)
-    view = flat_view(root)
+    inputs, root = _recorded(model, resolve_inputs(model, example_inputs))
+    view = flat_view(root, inputs)
     annotate(view.graph)
     return Captured(model, inputs, root, view)
+
+
+def _recorded(model: nn.Module, candidates: tuple[Inputs, ...]) -> tuple[Inputs, Level | Opaque | Leaf]:
+    """The first inputs that the model accepts, and what was recorded on them."""
+    first, *others = candidates
+    try:
+        return first, record(model, *first)
+    except CaptureError:
+        for inputs in others:
+            try:
+                return inputs, record(model, *inputs)
+            except CaptureError:
+                continue
+        raise
 
 
 def refuse_unfit(model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -200,9 +201,9 @@ def _traceable(target: Any) -> bool:
     """Whether generated code can name a function: it must live in a module, under its own name."""
     if isinstance(target, str):
         return True
-    module = getattr(target, "__module__", None) or "torch"
     name = getattr(target, "__name__", "<lambda>")
-    return bool(name.isidentifier() and "<locals>" not in getattr(target, "__qualname__", name) and module)
+    home = sys.modules.get(getattr(target, "__module__", None) or "torch")
+    return name.isidentifier() and ("<locals>" not in getattr(target, "__qualname__", name) or hasattr(home, name))
 
 
 def placeholders(

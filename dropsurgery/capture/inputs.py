@@ -16,8 +16,8 @@ _SMP_SIZE = (224, 224)
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def resolve_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
-    """The arguments to call a model with.
+def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Inputs, ...]:
+    """The arguments to call a model with; several to be tried in turn where they are inferred.
 
     Args:
         model: the model, asked only where nothing is given.
@@ -27,29 +27,33 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
         CaptureError: nothing was given, and the model is neither timm's nor SMP's.
     """
     if example_inputs is None:
-        return (_inferred(model),), {}
+        return tuple(((tensor,), {}) for tensor in _inferred(model))
     if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
+        return (((example_inputs,), {}),)
     if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
+        return ((tuple(example_inputs), {}),)
     if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
+        return (((), dict(example_inputs)),)
     raise CaptureError(
         f"example_inputs: expected a tensor, a tuple of arguments or a dict of keyword arguments, "
         f"got {type(example_inputs).__name__}"
     )
 
 
-def _inferred(model: nn.Module) -> torch.Tensor:
+def _inferred(model: nn.Module) -> list[torch.Tensor]:
     size = _timm_size(model) or _smp_size(model)
     if size is None:
         raise CaptureError(
             f"{type(model).__name__} does not say what it takes: give example_inputs, for instance "
             "example_inputs=torch.empty(2, 3, 224, 224) (only shapes, dtypes and devices count)"
         )
+    said, *area = size
+    # A model made with `in_chans` keeps its old config; one that rearranges pixels first has another first layer.
+    counts = dict.fromkeys((_first_channels(model) or said, said))
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     # Expanded from one number: it has the shape without the memory.
-    return torch.zeros((), dtype=weight.dtype, device=weight.device).expand(_BATCH, *size)
+    number = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    return [number.expand(_BATCH, channels, *area) for channels in counts]
 
 
 def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
@@ -57,17 +61,17 @@ def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
     if not isinstance(config, dict) or len(config.get("input_size") or ()) != 3:
         return None
     channels, height, width = config["input_size"]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (height, width)
-    return (_first_channels(model) or channels, *size)
+    area = getattr(getattr(model, "patch_embed", None), "img_size", None) or (height, width)
+    return (channels, *area)
 
 
 def _smp_size(model: nn.Module) -> tuple[int, ...] | None:
     if not type(model).__module__.startswith("segmentation_models_pytorch."):
         return None
-    return (_first_channels(model) or 3, *_SMP_SIZE)
+    return (3, *_SMP_SIZE)
 
 
 def _first_channels(model: nn.Module) -> int | None:
-    """The channels that the first 2-d convolution takes (a model made with `in_chans` keeps its old config)."""
+    """The channels that the first 2-d convolution takes."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return first.in_channels if first is not None else None

@@ -68,7 +68,7 @@ class Opaque:
     module: nn.Module
     path: str
     reason: str
-    components: list[Level | Opaque | Leaf] = field(default_factory=list)
+    components: list[Component] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -77,6 +77,15 @@ class Leaf:
 
     module: nn.Module
     path: str
+
+
+@dataclass(eq=False)
+class Component:
+    """A call that an opaque forward made, with the values that went in and came out."""
+
+    call: Level | Opaque | Leaf
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    output: Any
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dropsurgery.capture.frame import Frame, drop_unused, placeholders, structure
-from dropsurgery.capture.levels import Leaf, Level, Opaque, describe, is_leaf, map_tree
+from dropsurgery.capture.levels import Component, Leaf, Level, Opaque, describe, is_leaf, map_tree
 from dropsurgery.capture.probes import Intercepted, forward_of, make_probe
 from dropsurgery.capture.traced import OPERATORS, Traced, Untraceable
 from dropsurgery.capture.values import Values
@@ -136,7 +136,7 @@ class Recorder(TorchFunctionMode):
             return self.frames[-1].call_child(probe, args, kwargs)
         if self._opaque:
             call, value = self.record_call(probe, args, kwargs)
-            self._opaque[-1].components.append(call)
+            self._opaque[-1].components.append(Component(call, (args, kwargs), value))
             return value
         return forward_of(probe)(*args, **kwargs)
 

@@ -21,6 +21,7 @@ from dropsurgery.capture.levels import Leaf, Level, Opaque, map_tree
 from dropsurgery.records import TensorFact
 
 Call = Level | Opaque | Leaf
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,17 @@ class FlatView:
     opaque: tuple[Opaque, ...]
 
 
-def flat_view(root: Call, *, inline: Callable[[Level], bool] | None = None) -> FlatView:
+def flat_view(root: Call, inputs: Inputs = ((), {}), *, inline: Callable[[Level], bool] | None = None) -> FlatView:
     """Inline the levels of a recorded call.
 
     Args:
         root: what was recorded.
+        inputs: the example that it was called with; asked for where the root is opaque.
         inline: whether a level may be inlined; what may not stays one `call_module` node. By default all are but
             the silent stochastic layers, and the children of opaque modules follow as components of their own.
     """
     builder = _Builder(inline)
-    builder.top(root)
+    builder.root(root, inputs)
     builder.graph.lint()
     return FlatView(builder.graph, builder.levels, tuple(builder.opaque))
 
@@ -58,24 +60,27 @@ class _Builder:
         self.graph = fx.Graph()
         self.levels: dict[str, list[Level]] = {}
         self.opaque: list[Opaque] = []
-        self._result: Any = None
 
-    def top(self, call: Call) -> None:
-        """The root, or a component: a child that an opaque module called."""
+    def root(self, call: Call, inputs: Inputs) -> None:
+        """The model's own call, whose result is the graph's output."""
+        self.graph.output(self._start(call, inputs, None))
+
+    def _start(self, call: Call, inputs: Inputs, output: Any, component: str | None = None) -> Any:
+        """A call that is fed by placeholders: the root, or a child that an opaque module called (a component)."""
         if isinstance(call, Level):
-            inputs = {}
+            env = {}
             for node in call.graph.find_nodes(op="placeholder"):
-                name = node.target if self._result is None else node.target.lstrip("*")
-                inputs[node] = self._copy(node, "placeholder", name, node.args, {}, call.path)
-                inputs[node].meta["component"] = call.path
-            result = self._inline(call, inputs)
-        else:
-            node = self.graph.placeholder(f"input_of_{call.path.replace('.', '_') or 'root'}")
-            node.meta.update(owner=call.path, path=call.path, call=0, value=None, component=call.path)
-            result = self._call(call, None, "", (node,), {})
-        if self._result is None:
-            self._result = result
-            self.graph.output(result)
+                name = str(node.target) if component is None else str(node.target).lstrip("*")
+                env[node] = self._copy(node, "placeholder", name, node.args, {}, call.path)
+                env[node].meta["component"] = component
+            return self._inline(call, env)
+        values = (*inputs[0], *inputs[1].values())
+        fed = [self._copy(None, "placeholder", f"input{index}", (), {}, call.path) for index in range(len(values))]
+        for node, value in zip(fed, values, strict=True):
+            node.meta.update(value=fact_of(value), component=component)
+        result = self._call(call, None, "", tuple(fed), {})
+        result.meta["value"] = fact_of(output)
+        return result
 
     def _inline(self, level: Level, env: dict[fx.Node, Any]) -> Any:
         """Copy a level's nodes; `env` maps its nodes to nodes (or containers of nodes) of the flat graph."""
@@ -109,8 +114,8 @@ class _Builder:
         if isinstance(call, Opaque):
             made.meta["opaque"] = True
             self.opaque.append(call)
-            for component in call.components if self._components else ():
-                self.top(component)
+            for part in call.components if self._components else ():
+                self._start(part.call, part.inputs, part.output, part.call.path)
         return made
 
     def _copy(self, node: fx.Node | None, op: str, target: Any, args: Any, kwargs: Any, owner: str) -> fx.Node:
