@@ -269,7 +269,7 @@ def _inputs(args: argparse.Namespace, model: nn.Module) -> Any:
     if args.input is None and args.image_size is None:
         return None
     if args.image_size is not None:
-        (usual,), _ = resolve_inputs(model, None)
+        ((usual,), _), *_ = resolve_inputs(model, None)
         return usual[:, :, :1, :1].expand(*usual.shape[:2], *args.image_size)
     like = next(model.parameters(), torch.empty(0))
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(args.input)

@@ -28,7 +28,7 @@ from rich.text import Text
 from torch import fx, nn
 
 from dropsurgery.errors import SurgeryError
-from dropsurgery.forwards import SLOTS, Owner
+from dropsurgery.forwards import OWN, SLOTS, Owner
 from dropsurgery.graph import erase
 from dropsurgery.planning import Plan
 from dropsurgery.records import Edit
@@ -182,51 +182,50 @@ def _owners(gm: nn.Module) -> list[OwnerDiff]:
 
 
 def _owner_diff(path: str, module: nn.Module, slots: Mapping[str, Edit]) -> OwnerDiff:
+    cls = own_class(module).__name__
+    called = {OWN[0]: cls} | {target: edit.regularizer for target, edit in slots.items()}
     graph: fx.Graph = module.graph  # type: ignore[assignment]
     before = copy.deepcopy(graph)
     for node in [node for node in before.nodes if node.target in slots]:
         erase(node)
-    names = _names(graph, slots)
-    texts = [(node, _written(node, names, slots)) for node in graph.nodes]
-    calls = [(node, text) for node, text in texts if node.target in slots]
-    width = max((len(text) for _, text in calls), default=0)
-    comments = {node: f"{text:<{width}}  # {_told(slots[str(node.target)])}" for node, text in calls}
-    called = [str(node.target) for node, _ in calls]
+    names = _names(graph, called)
+    texts = [(node, _written(node, names, called)) for node in graph.nodes]
+    calls = {str(node.target): text for node, text in texts if node.target in slots}
+    width = max(map(len, calls.values()), default=0)
+    comments = {target: f"{text:<{width}}  # {_told(slots[target])}" for target, text in calls.items()}
     return OwnerDiff(
         path,
-        own_class(module).__name__,
-        edits=tuple(slots[target] for target in called),
-        hidden=tuple(edit for target, edit in slots.items() if target not in called),
-        before=tuple(_written(node, names, slots) for node in before.nodes),
-        after=tuple(comments.get(node, text) for node, text in texts),
+        cls,
+        edits=tuple(slots[target] for target in calls),
+        hidden=tuple(edit for target, edit in slots.items() if target not in calls),
+        before=tuple(_written(node, names, called) for node in before.nodes),
+        after=tuple(comments.get(str(node.target), text) for node, text in texts),
         inserted=frozenset(comments.values()),
     )
 
 
-def _names(graph: fx.Graph, slots: Mapping[str, Edit]) -> dict[str, str]:
-    """Node names for readers: those of inserted calls are short where nothing else is called so."""
+def _names(graph: fx.Graph, called: Mapping[str, str]) -> dict[str, str]:
+    """Node names for readers: those of the calls that surgery made are short where nothing else is called so."""
     taken = {node.name for node in graph.nodes}
-    short = {node.name: str(node.target).rpartition(".")[2] for node in graph.nodes if node.target in slots}
+    short = {node.name: str(node.target).rpartition(".")[2] for node in graph.nodes if node.target in called}
     return {name: new for name, new in short.items() if new not in taken}
 
 
-def _written(node: fx.Node, names: Mapping[str, str], slots: Mapping[str, Edit]) -> str:
-    """A node as a line: `act1 = act1(bn1)`."""
+def _written(node: fx.Node, names: Mapping[str, str], called: Mapping[str, str]) -> str:
+    """A node as a line: `act1 = act1(bn1)`; `called` is what to call the targets that surgery made."""
     name = names.get(node.name, node.name)
     args = [_argument(arg, names) for arg in node.args]
     options = [f"{key}={_argument(value, names)}" for key, value in node.kwargs.items()]
     if node.op == "placeholder":
-        return f"{node.target} = input"
+        return f"{name} = input"
     if node.op == "output":
         return f"return {args[0]}"
     if node.op == "get_attr":
         return f"{name} = self.{node.target}"
     if node.op == "call_method":
         return f"{name} = {args[0]}.{node.target}({', '.join([*args[1:], *options])})"
-    called = getattr(node.target, "__name__", str(node.target))
-    if node.target in slots:
-        called = slots[str(node.target)].regularizer
-    return f"{name} = {called}({', '.join([*args, *options])})"
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"{name} = {called.get(target, target)}({', '.join([*args, *options])})"
 
 
 def _argument(value: Any, names: Mapping[str, str]) -> str:
@@ -268,7 +267,7 @@ def _lines(gm: nn.Module) -> Iterator[Line]:
 
 def _alike(owner: OwnerDiff) -> tuple[str, ...]:
     """What the diffs of two blocks have in common that differ by the names of their sites only."""
-    return (owner.cls, *(line.replace(f"  # {owner.path}.", "  # ") for line in owner.unified()))
+    return (owner.cls, *(line.replace(f"  # {owner.path}", "  # ") for line in owner.unified()))
 
 
 def _full(owner: OwnerDiff) -> Iterator[Line]:

@@ -7,6 +7,7 @@ anew. Attributes that the forward read are watched where they are set (`emission
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from dropsurgery.trees import attribute_at, own_class
 
 SLOTS = "_surgery"
 """The child under which a module keeps the regularizers of the edits that it owns."""
+OWN: LocalName = (f"{SLOTS}.own", 0)
+"""The call of a leaf's own forward in its generated one."""
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -112,11 +115,13 @@ def graph_key(graph: fx.Graph) -> tuple[Any, ...]:
 def install(module: nn.Module, owner: Owner, level: Level | None = None) -> None:
     """Derive everything from the owner's edits and example: guards, watched attributes, the first variant."""
     module.__dict__["_owner"] = owner
-    getattr(module, SLOTS).forget_regions()
+    getattr(module, SLOTS).forget_parts()
     args, kwargs = tensors_of(owner.example)
     if level is None:
         level = _recorded(module, args, kwargs, training=False)
     _note(owner, level)
+    if OWN in local_names(level.graph):
+        getattr(module, SLOTS).add_module("own", Own(module))
     variants = {module.training: _variant(module, owner, level)}
     if level.reads_training:
         other = _recorded(module, args, kwargs, training=True)
@@ -162,8 +167,18 @@ def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     level = record(module, args, kwargs, training=training)
     if isinstance(level, Level):
         return level
-    reason = level.reason if not isinstance(level, Leaf) else "it is one operation"
-    raise CaptureError(f"the forward of {own_class(module).__name__} cannot be recorded as it is now: {reason}")
+    if isinstance(level, Leaf):
+        return leaf_level(module, (args, kwargs))
+    raise CaptureError(f"the forward of {own_class(module).__name__} cannot be recorded as it is now: {level.reason}")
+
+
+def leaf_level(module: nn.Module, inputs: Example) -> Level:
+    """The level of a module that is one operation: a call of its own class's forward."""
+    graph = fx.Graph()
+    parameters = list(inspect.signature(own_class(module).forward).parameters.values())[1:]
+    nodes = [graph.placeholder(p.name, default_value=p.default) for p in parameters]
+    graph.output(graph.call_module(OWN[0], tuple(nodes)))
+    return Level(module, "", graph, inputs)
 
 
 def _variant(module: nn.Module, owner: Owner, level: Level) -> Variant:
@@ -210,32 +225,54 @@ def _compiled(graph: fx.Graph) -> Callable[..., Any]:
 
 
 class Slots(nn.Module):
-    """Holds the regularizers of one owner, and the checkpointed regions of its forward."""
+    """Holds the regularizers of one owner, and the parts of its forward that are called by name."""
 
-    def forget_regions(self) -> None:
+    def forget_parts(self) -> None:
         """Drop what is derived from the owner's forward."""
-        for name in [name for name, child in self._modules.items() if isinstance(child, Region)]:
+        for name in [name for name, child in self._modules.items() if isinstance(child, Part)]:
             del self._modules[name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
+        made: Slots = object.__new__(Slots)
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         fields = dict(self.__dict__)
-        fields["_modules"] = {k: child for k, child in self._modules.items() if not isinstance(child, Region)}
+        fields["_modules"] = {k: child for k, child in self._modules.items() if not isinstance(child, Part)}
         return fields
 
 
-class Region(nn.Module):
-    """A part of a generated forward that runs under the model's own activation checkpoint."""
+class Part(nn.Module):
+    """A part of its owner's forward; derived, so that it goes into no file."""
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any], rerun: Callable[..., Any]) -> None:
+    def __init__(self, owner: nn.Module) -> None:
         super().__init__()
-        # Kept out of `_modules`: the region is a part of the module, not the other way round.
-        self.__dict__["_module"] = module
+        # Kept out of `_modules`: this is a part of the owner, not the other way round.
+        self.__dict__["_of"] = owner
+
+
+class Region(Part):
+    """The part of a generated forward that runs under the model's own activation checkpoint."""
+
+    def __init__(self, owner: nn.Module, function: Callable[..., Any], rerun: Callable[..., Any]) -> None:
+        super().__init__(owner)
         self._function = function
         self._rerun = rerun
 
     def forward(self, *inputs: Any) -> Any:
         """Run the part through `torch.utils.checkpoint`, as the model's own forward does."""
-        return self._rerun(functools.partial(self._function, self.__dict__["_module"]), *inputs)
+        return self._rerun(functools.partial(self._function, self.__dict__["_of"]), *inputs)
+
+
+class Own(Part):
+    """The forward of the owner's own class, whole: what a leaf's generated forward begins with."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        owner: nn.Module = self.__dict__["_of"]
+        return own_class(owner).forward(owner, *args, **kwargs)
 
 
 # -- choosing a variant --------------------------------------------------------------------------------------------

@@ -5,18 +5,21 @@ model ── copy of all shells, same tensors ──▶ tree ── generated fo
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.capture import Captured
+from dropsurgery.capture.levels import is_leaf, map_tree
 from dropsurgery.emission import drop_own_hooks, emit_owner, emit_root, empty, guard_ways, own_fields
 from dropsurgery.errors import SurgeryError
-from dropsurgery.forwards import SLOTS, LocalEdit
+from dropsurgery.forwards import OWN, SLOTS, Example, LocalEdit, leaf_level
 from dropsurgery.graph import local_name
-from dropsurgery.records import Edit
+from dropsurgery.records import Edge, Edit
 from dropsurgery.trees import bare, copy_tree
 
 ADOPTED = "_adopted"
@@ -37,16 +40,19 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
         an instance of (the model's class, `fx.GraphModule`) over the same parameters and buffers.
     """
     model = captured.model
-    by_owner: dict[str, list[Edit]] = defaultdict(list)
+    calls = Counter(node.meta["module"] for node in captured.view.graph.nodes if "module" in node.meta)
+    by_owner: dict[str, dict[LocalEdit, Edit]] = defaultdict(dict)
     for edit in edits:
         if edit.kind == "insert":
-            by_owner[edit.site.owner].append(edit)
+            path, local = _home(model, calls, edit)
+            by_owner[path][replace(local, slot=f"s{len(by_owner[path])}")] = edit
     owners = {model.get_submodule(path): path for path in by_owner}
     generated = {model, *owners}
     copies = copy_tree(model, lambda module: empty(type(module)) if module in generated else bare(module))
     for module, path in owners.items():
-        local = {_local(edit, slot): build(edit) for slot, edit in enumerate(by_owner[path])}
-        emit_owner(copies[module], local, captured.view.levels[path])
+        regularizers = {local: build(edit) for local, edit in by_owner[path].items()}
+        levels = captured.view.levels.get(path) or [leaf_level(module, _inputs_of(captured, module))]
+        emit_owner(copies[module], regularizers, levels)
     for edit in edits:
         if edit.kind == "adopt":
             _adopt(copies[model.get_submodule(edit.site.module)], edit)
@@ -63,12 +69,51 @@ def _adopt(layer: nn.Module, edit: Edit) -> None:
     layer.__dict__[ADOPTED] = {name: layer.__dict__[name] for name in edit.arguments}
 
 
-def _local(edit: Edit, slot: int) -> LocalEdit:
+def _home(model: nn.Module, calls: Counter[nn.Module], edit: Edit) -> tuple[str, LocalEdit]:
+    """The module that carries an edit out, and the edit's place in its graph.
+
+    That is the owner of the edge; but where the owner is the root or a plain Sequential, whose children are called
+    from outside of its forward too (`forward_features`, `for layer in model.features`), it is the one leaf that the
+    edge comes out of or goes into, so that no way leads around it.
+    """
     at = edit.site.at
     if at is None:
         raise SurgeryError(f"{edit.site.id}: this site was read from a file; plan again on the model to rewrite it")
+    owner = model.get_submodule(edit.site.owner)
+    if owner is model or type(owner).forward is nn.Sequential.forward:
+        leaf = _leaf_at(at, calls)
+        if leaf is not None:
+            return leaf[0], LocalEdit(OWN, leaf[1], "", edit.site.id)
     node: fx.Node = at.node.meta["level_node"]
-    return LocalEdit(local_name(node), at.operand, f"s{slot}", edit.site.id)
+    return edit.site.owner, LocalEdit(local_name(node), at.operand, "", edit.site.id)
+
+
+def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | None:
+    """The leaf, called once in the whole model, before or behind an edge: its path, and 0 where the edge goes in.
+
+    A norm is none: `SyncBatchNorm.convert_sync_batchnorm` puts another object in its place.
+    """
+    node, operand = at.node, at.operand
+    users = list(node.users)
+    if operand is None and isinstance(node.meta.get("module"), _NormBase) and len(users) == 1:
+        node, operand = users[0], 0
+        if node.all_input_nodes != [at.node] or node.meta["owner"] != at.node.meta["owner"]:
+            return None
+    module = node.meta.get("module")
+    if module is None or calls[module] != 1 or isinstance(module, _NormBase) or operand not in (None, 0):
+        return None
+    if node.meta.get("opaque") or not is_leaf(module):
+        return None
+    return node.meta["path"], 0 if operand == 0 else None
+
+
+def _inputs_of(captured: Captured, module: nn.Module) -> Example:
+    """What a leaf is called with on the example."""
+    (node,) = (node for node in captured.view.graph.nodes if node.meta.get("module") is module)
+    level_node: fx.Node = node.meta["level_node"]
+    call = (level_node.args, level_node.kwargs)
+    args, kwargs = map_tree(call, lambda item: item.meta["value"] if isinstance(item, fx.Node) else item)
+    return args, kwargs
 
 
 def strip(gm: nn.Module) -> nn.Module:

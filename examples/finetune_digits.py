@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that it runs")
     quick = parser.parse_args().quick
     settings = Settings(1, pretraining_shots=10, pretraining_epochs=1, epochs=2, tests=50) if quick else Settings()
+    torch.set_num_threads(1)  # batches this small gain little from more, and results depend on the number
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         results = run(settings, Path(folder))

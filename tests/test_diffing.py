@@ -40,11 +40,11 @@ class Checkpointed(Tiny):
     """Its first half runs under an activation checkpoint."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(self.half, x, use_reentrant=True)
+        x = checkpoint(self.half, x, use_reentrant=False)
         return F.relu(self.bn2(self.conv2(x)))
 
     def half(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn1(self.conv1(x)))
 
 
 def entry(name: str, insert: str = "dropout", **fields: Any) -> dict[str, Any]:
@@ -161,6 +161,27 @@ def test_inside_a_checkpoint() -> None:
     assert "+dropout inside an activation checkpoint  # relu#0:conv_bn_act.output" in text
     assert "+s1 = dropout(relu_1)  # relu#1:conv_bn_act.output" in text
     assert text.count("dropout") == 2
+
+
+def test_leaves_that_own_an_edit() -> None:
+    layers = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()]
+    net = nn.Sequential(*layers, *copy.deepcopy(layers))
+    text = diff(surgery(net, entry("all", pattern="conv_bn_act")), color=False)
+    assert (
+        text.partition("\n\nsummary")[0]
+        == """\
+Sequential after trial
+
+2 (ReLU)
+@@ -1,3 +1,4 @@
+ input_1 = input
+ own = ReLU(input_1)
+-return own
++s0 = dropout(own)  # 2#0:conv_bn_act.output  p 0.1 constant  [all]
++return s0
+5 (ReLU), as 2
++s0 = dropout(own)  # 5#0:conv_bn_act.output  p 0.1 constant  [all]"""
+    )
 
 
 # -- summary -----------------------------------------------------------------------------------------------------

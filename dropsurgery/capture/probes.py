@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 from dropsurgery.trees import own_class
 
+# Values on the class that an instance may override later.
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
 
 @functools.cache
 def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -23,7 +26,7 @@ def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
         value = object.__getattribute__(self, name)
         if name[:2] != "__" and name not in internal:
             fields = object.__getattribute__(self, "__dict__")
-            if name in fields and "_recorder" in fields:
+            if "_recorder" in fields and (name in fields or isinstance(value, _PLAIN)):
                 return fields["_recorder"].read(self, name, value)
         return value
 

@@ -39,9 +39,7 @@ def known_arguments(regularizer: str) -> dict[str, catalogue.Argument]:
     return catalogue.arguments(catalogue.load("regularizers", regularizer))
 
 
-def check_arguments(
-    regularizer: str, given: Node, problems: Problems, *, complete: bool = True
-) -> dict[str, Any]:
+def check_arguments(regularizer: str, given: Node, problems: Problems, *, complete: bool = True) -> dict[str, Any]:
     """The arguments in the types of their annotations (a list becomes the tuple that is asked for).
 
     What is wrong goes to `problems`; `complete` asks for those without a default too.

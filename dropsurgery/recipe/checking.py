@@ -109,14 +109,10 @@ class EntryChecker:
                 for pattern in getattr(entry.where, selector) or ():
                     asked.setdefault(pattern, node.find(("where", selector)).place)
         for pattern in explodes(asked):
-            self.problems.add(
-                asked[pattern], f"{shown(pattern.text)} takes too long; write a simpler expression"
-            )
+            self.problems.add(asked[pattern], f"{shown(pattern.text)} takes too long; write a simpler expression")
 
     def _check_pattern(self, node: Node) -> None:
-        pattern, insert = (
-            node.value[key].value if key in node.value else None for key in ("pattern", "insert")
-        )
+        pattern, insert = (node.value[key].value if key in node.value else None for key in ("pattern", "insert"))
         if pattern is None:
             if insert != ADOPT:
                 self.problems.add(node.place, "'pattern' is missing")
@@ -166,11 +162,7 @@ class EntryChecker:
 
     def _check_rates(self, entry: Entry, node: Node) -> None:
         for name, value in entry.arguments.items():
-            if (
-                (name == "p" or name.startswith("p_"))
-                and value is not None
-                and value * entry.scale.largest > 1
-            ):
+            if (name == "p" or name.startswith("p_")) and value is not None and value * entry.scale.largest > 1:
                 text = f"{name} = {value:g} times {entry.scale.largest:g} is above 1; lower one of them"
                 self.problems.add(node.find(("scale",)).place, text)
 
@@ -197,9 +189,7 @@ def tidied(entry: Node) -> Node:
     fields = {}
     for key, child in entry.value.items():
         if key in ("where", "scale") and child.is_mapping:
-            child = replace(
-                child, value={name: fact for name, fact in child.value.items() if fact.value is not None}
-            )
+            child = replace(child, value={name: fact for name, fact in child.value.items() if fact.value is not None})
         if child.value is not None:
             fields[key] = child
     return replace(entry, value=fields)

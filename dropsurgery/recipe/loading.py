@@ -97,9 +97,7 @@ class _Loader:
         if isinstance(recipe, str) and not _has_slash(recipe):
             return self.open_bundled(recipe, Place())
         if not isinstance(recipe, str | Path):
-            raise RecipeError(
-                f"expected a recipe's name, a path, a dict or a Recipe, got {type(recipe).__name__}"
-            )
+            raise RecipeError(f"expected a recipe's name, a path, a dict or a Recipe, got {type(recipe).__name__}")
         return self.read(Path(recipe), str(recipe))
 
     def open_bundled(self, name: str, place: Place) -> _Source:
@@ -156,9 +154,7 @@ class _Loader:
         if not defaults.is_mapping:
             return  # the models say so
         if "name" in defaults.value:
-            self.problems.add(
-                defaults.value["name"].place, "a name belongs to one entry, not into the defaults"
-            )
+            self.problems.add(defaults.value["name"].place, "a name belongs to one entry, not into the defaults")
         for key, value in self.overrides:
             if key.startswith("defaults."):
                 defaults = _with_value(defaults, tuple(key.split(".")[1:]), value, self.problems)
@@ -181,9 +177,7 @@ class _Loader:
                 continue
             if key.startswith("defaults."):
                 if not any(_comes_from(entry, value.place) for entry in self.entries.values()):
-                    self.problems.add(
-                        value.place, "no entry takes this from the defaults; override the entries"
-                    )
+                    self.problems.add(value.place, "no entry takes this from the defaults; override the entries")
                 continue
             names = [name for name in self.entries if key.startswith(f"{name}.")]
             if not names:
@@ -256,28 +250,19 @@ def _comes_from(node: Node, place: Place) -> bool:
     return any(_comes_from(child, place) for child in children)
 
 
-def _read_overrides(
-    overrides: Mapping[str, Any] | Sequence[str], problems: Problems
-) -> list[tuple[str, Node]]:
+def _read_overrides(overrides: Mapping[str, Any] | Sequence[str], problems: Problems) -> list[tuple[str, Node]]:
     """Each override's key and value, which carries the key as its place."""
     budget, read = Budget(), []
     if isinstance(overrides, Mapping):
         pairs = list(overrides.items())
     elif isinstance(overrides, list | tuple):
         pairs = [
-            text.partition("=")[::2] if isinstance(text, str) and "=" in text else (text, None)
-            for text in overrides
+            text.partition("=")[::2] if isinstance(text, str) and "=" in text else (text, None) for text in overrides
         ]
     else:
-        raise RecipeError(
-            f'expected overrides {{"entry.with.p": 0.2}} or ["entry.with.p=0.2"], got {shown(overrides)}'
-        )
+        raise RecipeError(f'expected overrides {{"entry.with.p": 0.2}} or ["entry.with.p=0.2"], got {shown(overrides)}')
     for key, value in pairs:
-        if (
-            not isinstance(key, str)
-            or len(key) > 300
-            or (value is None and not isinstance(overrides, Mapping))
-        ):
+        if not isinstance(key, str) or len(key) > 300 or (value is None and not isinstance(overrides, Mapping)):
             raise RecipeError(f"expected an override such as 'conv branch.with.p=0.2', got {shown(key)}")
         place = Place(path=f"overrides[{key!r}]")
         key = key.strip()
@@ -287,9 +272,7 @@ def _read_overrides(
             read.append(
                 (
                     key,
-                    read_yaml(
-                        (value.strip() or "null").encode(errors="surrogatepass"), place, problems, budget
-                    ),
+                    read_yaml((value.strip() or "null").encode(errors="surrogatepass"), place, problems, budget),
                 )
             )
     return read
@@ -304,9 +287,7 @@ def _with_value(node: Node, path: tuple[str, ...], value: Node, problems: Proble
         if key == "schedule" and isinstance(below.value, str):
             below = Node({"kind": below}, below.place)
         if not below.is_mapping:
-            problems.add(
-                value.place, f"{shown(key)} is {shown(below.plain())}: there is nothing below it to override"
-            )
+            problems.add(value.place, f"{shown(key)} is {shown(below.plain())}: there is nothing below it to override")
             return node
         child = _with_value(below, path[1:], value, problems)
     return replace(node, value={**node.value, key: child}, keys={**node.keys, key: value.place})

@@ -29,9 +29,7 @@ _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
 def _parse_include(value: object) -> tuple[str, ...]:
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) and item for item in items):
-        raise ValueError(
-            f"expected the name of a recipe or a path below this file's folder, got {shown(value)}"
-        )
+        raise ValueError(f"expected the name of a recipe or a path below this file's folder, got {shown(value)}")
     return tuple(items)
 
 
@@ -44,9 +42,7 @@ def _one_or_more(item: dict[str, Any]) -> dict[str, Any]:
 
 
 _text = PlainSerializer(str, return_type=str)
-Whole = Annotated[
-    tuple[int, ...], BeforeValidator(selection.parse_whole), WithJsonSchema(_one_or_more(_WHOLE))
-]
+Whole = Annotated[tuple[int, ...], BeforeValidator(selection.parse_whole), WithJsonSchema(_one_or_more(_WHOLE))]
 Integers = Annotated[
     tuple[int, ...],
     BeforeValidator(selection.parse_integers),
@@ -86,9 +82,7 @@ Globs = Annotated[
     PlainSerializer(lambda patterns: [pattern.text for pattern in patterns]),
     WithJsonSchema(_one_or_more({"type": "string", "minLength": 1, "maxLength": selection.MAX_PATTERN})),
 ]
-Edges = Annotated[
-    tuple[str, ...], BeforeValidator(selection.parse_edges), WithJsonSchema(_one_or_more(_EDGE))
-]
+Edges = Annotated[tuple[str, ...], BeforeValidator(selection.parse_edges), WithJsonSchema(_one_or_more(_EDGE))]
 Comparison = Annotated[
     selection.Comparison,
     BeforeValidator(selection.parse_comparison),
@@ -154,9 +148,7 @@ class Where(Strict):
 
     def pick(self, sites: Sequence[Item]) -> tuple[Item, ...]:
         """Of an entry's sites in the model's order, those that `index` and `every` leave."""
-        wanted = (
-            range(len(sites)) if self.index is None else {index % len(sites) for index in self._within(sites)}
-        )
+        wanted = range(len(sites)) if self.index is None else {index % len(sites) for index in self._within(sites)}
         return tuple(site for at, site in enumerate(sites) if at in wanted and at % (self.every or 1) == 0)
 
     def _within(self, sites: Sequence[object]) -> Iterator[int]:
@@ -188,9 +180,7 @@ class Where(Strict):
 class Scale(Strict):
     """Factors on an entry's rates by a fact of the site; a site that no key names keeps its rate."""
 
-    stage: dict[Stage, Factor] = Field(
-        default_factory=dict, json_schema_extra={"propertyNames": {"pattern": r"^\d+$"}}
-    )
+    stage: dict[Stage, Factor] = Field(default_factory=dict, json_schema_extra={"propertyNames": {"pattern": r"^\d+$"}})
     """Factor per stage, such as {3: 0.25}."""
     role: dict[RoleName, Factor] = Field(default_factory=dict)
     """Factor per part of the model."""

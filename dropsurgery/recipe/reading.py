@@ -34,9 +34,7 @@ MAX_DEPTH = 16
 MAX_TEXT = 2_000
 
 # Controls but tab and newline, surrogates, byte order marks, line separators, overrides of the direction.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
-)
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -188,11 +186,7 @@ def read_plain(value: Any, place: Place, problems: Problems, budget: Budget, dep
 
 def shown(value: object) -> str:
     """`value` for a message: escaped, on one line and short."""
-    text = (
-        repr(value)
-        if isinstance(value, str | int | float | bool | list | dict | None)
-        else type(value).__name__
-    )
+    text = repr(value) if isinstance(value, str | int | float | bool | list | dict | None) else type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -321,7 +315,6 @@ class _Builder:
             value = {key: self.moved(child, here.inside(key), depth + 1) for key, child in value.items()}
         elif isinstance(value, list):
             value = [
-                self.moved(child, here.inside(index, in_list=True), depth + 1)
-                for index, child in enumerate(value)
+                self.moved(child, here.inside(index, in_list=True), depth + 1) for index, child in enumerate(value)
             ]
         return Node(value, here, node.keys)

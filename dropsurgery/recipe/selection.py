@@ -85,9 +85,7 @@ class PathPattern:
         try:
             return regex.fullmatch(self.text[3:], path, timeout=_MATCH_SECONDS) is not None
         except TimeoutError:
-            raise RecipeError(
-                f"{self.text!r} takes too long on {shown(path)}; write a simpler expression"
-            ) from None
+            raise RecipeError(f"{self.text!r} takes too long on {shown(path)}; write a simpler expression") from None
 
     def __str__(self) -> str:
         return self.text
@@ -96,11 +94,7 @@ class PathPattern:
 def explodes(patterns: Iterable[PathPattern], seconds: float = 0.3) -> list[PathPattern]:
     """The expressions that do not come to an end (all within `seconds`) on texts of their own letters."""
     deadline = monotonic() + seconds
-    return [
-        pattern
-        for pattern in patterns
-        if pattern.text.startswith("re:") and _hangs(pattern.text[3:], deadline)
-    ]
+    return [pattern for pattern in patterns if pattern.text.startswith("re:") and _hangs(pattern.text[3:], deadline)]
 
 
 def _hangs(expression: str, deadline: float) -> bool:
@@ -173,9 +167,7 @@ def parse_expect(value: object) -> Comparison:
     try:
         return parse_comparison(value)
     except ValueError:
-        raise ValueError(
-            f"expected a count, a comparison such as '>=1', or 'any', got {shown(value)}"
-        ) from None
+        raise ValueError(f"expected a count, a comparison such as '>=1', or 'any', got {shown(value)}") from None
 
 
 def parse_globs(value: object) -> tuple[PathPattern, ...]:

@@ -30,9 +30,7 @@ class ScheduleSpec(Strict):
 
     def resolve(self, total_steps: int | None, steps_per_epoch: int | None) -> schedules.Schedule:
         """The schedule in fractions of the training; PlanError where a length is needed and missing."""
-        begin, end = (
-            schedules.resolve(instant, total_steps, steps_per_epoch) for instant in (self.begin, self.end)
-        )
+        begin, end = (schedules.resolve(instant, total_steps, steps_per_epoch) for instant in (self.begin, self.end))
         return schedules.Schedule(self.kind, self.options, begin, end)
 
     def notation(self) -> dict[str, Any]:
@@ -48,9 +46,7 @@ def parse_schedule(value: object) -> ScheduleSpec:
         return value
     told = {"kind": value} if isinstance(value, str) else value
     if not isinstance(told, dict):
-        raise ValueError(
-            f"expected a schedule such as linear or {{kind: linear, end: 0.5}}, got {shown(value)}"
-        )
+        raise ValueError(f"expected a schedule such as linear or {{kind: linear, end: 0.5}}, got {shown(value)}")
     try:
         spec = _spec(_long_form(told))
         schedules.Schedule(spec.kind, spec.options)  # checks the options

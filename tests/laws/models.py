@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -137,3 +136,11 @@ def pair(name: str) -> tuple[nn.Module, fx.GraphModule]:
     """A model and what `everywhere` made of it: checks that run them put back what they change (`kept`)."""
     model = fresh(name)
     return model, convert(name, model)
+
+
+def loud(name: str, model: nn.Module | None = None, *, steps: int = STEPS) -> fx.GraphModule:
+    """A converted model some steps into its schedule, by default at its end."""
+    gm = convert(name, fresh(name) if model is None else model)
+    for _ in range(steps):
+        gm.surgery.step()
+    return gm
