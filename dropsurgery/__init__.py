@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
-from dropsurgery.api import apply_recipe, find_sites, get_regularizer, plan_recipe
-from dropsurgery.diffing import diff
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from dropsurgery.errors import CaptureError, PlanError, RecipeError, SurgeryError, SurgeryWarning
-from dropsurgery.recipe import load_recipe
-from dropsurgery.rewriting import strip
+
+if TYPE_CHECKING:
+    from dropsurgery.api import apply_recipe, find_sites, get_regularizer, plan_recipe
+    from dropsurgery.diffing import diff
+    from dropsurgery.recipe import load_recipe
+    from dropsurgery.rewriting import strip
 
 __all__ = [
     "CaptureError",
@@ -25,3 +30,24 @@ __all__ = [
     "plan_recipe",
     "strip",
 ]
+
+# Imported when first asked for: what needs no torch (`dropsurgery --help`) does not wait for it.
+_HOMES = {
+    "apply_recipe": "api",
+    "diff": "diffing",
+    "find_sites": "api",
+    "get_regularizer": "api",
+    "load_recipe": "recipe",
+    "plan_recipe": "api",
+    "strip": "rewriting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

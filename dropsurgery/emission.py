@@ -7,8 +7,7 @@ name, same methods, the same `_parameters` and `_buffers`. The root is one in an
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,6 @@ from torch import fx, nn
 
 from dropsurgery.capture import Level, record
 from dropsurgery.capture.levels import map_tree
-from dropsurgery.errors import SurgeryError
 from dropsurgery.forwards import (
     SLOTS,
     Example,
@@ -28,10 +26,12 @@ from dropsurgery.forwards import (
     choose_forward,
     clean,
     install,
+    refuse_skipped,
     same,
     spec_of,
     tell_apart,
     tensors_of,
+    whole_call,
 )
 from dropsurgery.trees import own_class
 
@@ -130,9 +130,26 @@ class Surgical:
         return self.__reduce_ex__(2)
 
 
+class SurgicalContainer(Surgical):
+    """A Sequential or list that owns edits: to take it apart is to leave them out."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        refuse_skipped(self, "iterating over it")  # type: ignore[arg-type]
+        return super().__iter__()  # type: ignore[misc, no-any-return]
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)  # type: ignore[misc]
+        refuse_skipped(self, "taking a part of it")  # type: ignore[arg-type]
+        own: Any = own_class(self)  # type: ignore[arg-type]
+        items = list(self._modules.items())[index]  # type: ignore[attr-defined]
+        return own(OrderedDict(items)) if issubclass(own, nn.Sequential) else own([child for _, child in items])
+
+
 def empty(cls: type[nn.Module]) -> nn.Module:
     """An empty instance of a new subclass of (cls, GraphModule) that carries the name of `cls`."""
-    bases = (Surgical, cls) if issubclass(cls, fx.GraphModule) else (Surgical, cls, fx.GraphModule)
+    mixin = SurgicalContainer if issubclass(cls, (nn.Sequential, nn.ModuleList)) else Surgical
+    bases = (mixin, cls) if issubclass(cls, fx.GraphModule) else (mixin, cls, fx.GraphModule)
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -219,37 +236,7 @@ def _root_graph(root: nn.Module, level: Any) -> fx.Graph:
     """The root's own level; one opaque node where no graph says all of it."""
     if isinstance(level, Level) and not (level.guards or level.random or level.reads_training or level.regions):
         return clean(level.graph)
-    graph = fx.Graph()
-    names = [name for name in inspect.signature(own_class(root).forward).parameters if name != "self"]
-    graph.output(graph.call_module("", tuple(graph.placeholder(name) for name in names)))
-    return graph
-
-
-# -- what leads around a generated forward -------------------------------------------------------------------------
-def guard_ways(module: nn.Module) -> None:
-    """Make the class's other `forward_*` methods refuse to run while they would leave out active edits.
-
-    They hold the class's own Python code: what the generated forward inserts at this level is not in it.
-    """
-    for name in dir(own_class(module)):
-        method = getattr(own_class(module), name)
-        if name.startswith("forward_") and callable(method) and not hasattr(nn.Module, name):
-            setattr(type(module), name, _guarded_way(name, method))
-
-
-def _guarded_way(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def way(self: Any, *args: Any, **kwargs: Any) -> Any:
-        skipped = [edit for edit in self._owner.edits if getattr(self, SLOTS).get_submodule(edit.slot).active]
-        if skipped:
-            raise SurgeryError(
-                f"{own_class(self).__name__}.{name} would run without {len(skipped)} regularizers that belong to "
-                f"the model's own forward ({', '.join(edit.site_id for edit in skipped[:3])}): call the model itself, "
-                f"switch it to eval, or leave these sites out of the recipe (where: exclude)"
-            )
-        return method(self, *args, **kwargs)
-
-    return way
+    return whole_call(root, "")
 
 
 def _add_meta(module: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """The emitted tree as one flat graph: what runs, regularizers included, in a classical GraphModule.
 
-A level is inlined where its graph says all of it, in both modes. What Python had decided from sizes or dtypes is
-checked as the graph runs; a module whose forward depends on its mode, draws numbers of its own or runs under an
-activation checkpoint stays one call.
+A level is inlined where its graph says all of it. A module whose Python decides from sizes or dtypes, depends on its
+mode, draws numbers of its own or runs under an activation checkpoint stays one call; what the root itself had decided
+is checked as the graph runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dropsurgery.capture import Leaf, Level, Opaque, record
 from dropsurgery.capture.view import flat_view
 from dropsurgery.emission import example_of
 from dropsurgery.errors import SurgeryError
-from dropsurgery.forwards import Owner, apply_edits, clean, graph_key
+from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, whole_call
 
 _WHOLE = "model"
 
@@ -40,13 +40,9 @@ def flatten(gm: nn.Module) -> fx.GraphModule:
     for level in list(_levels(root)):
         _edited(level)
     if isinstance(root, Level) and _says_all(root):
-        return fx.GraphModule(gm, flat_view(root, inline=_says_all).graph)
-    graph = fx.Graph()
-    call = root if isinstance(root, Level) else None
-    names = [str(n.target) for n in call.graph.find_nodes(op="placeholder")] if call else ["*inputs"]
-    inputs = [graph.placeholder(name) for name in names]
-    graph.output(graph.call_module(_WHOLE, tuple(inputs)))
-    return fx.GraphModule({_WHOLE: gm}, graph)
+        view = flat_view(root, inline=lambda level: level is root or (not level.guards and _says_all(level)))
+        return fx.GraphModule(gm, view.graph)
+    return fx.GraphModule({_WHOLE: gm}, whole_call(gm, _WHOLE))
 
 
 def _levels(call: Level | Opaque | Leaf) -> Iterator[Level]:
@@ -68,7 +64,7 @@ def _edited(level: Level) -> None:
             target = str(node.target)
             path = f"{level.path}.{target}".lstrip(".")
             level.children[node] = Leaf(level.module.get_submodule(target), path)
-    for guard in level.guards:
+    for guard in level.guards if not level.path else ():
         with graph.inserting_after(guard.node):
             graph.call_function(expect, (guard.node, guard.value, guard.reason))
 

@@ -71,7 +71,8 @@ class Owner:
 
     `example` are the arguments it was recorded with (specs for tensors), `edits` what was inserted. `exact` asks for
     full signatures (shapes, dtypes, devices …), else only structure is compared: which arguments are tensors of which
-    rank, and the values of the others. `by_mode` says that training and eval have variants of their own.
+    rank, and the values of the others. `by_mode` says that training and eval have variants of their own, `children`
+    are those of a Sequential, whose forward goes by them.
     """
 
     edits: tuple[LocalEdit, ...]
@@ -80,6 +81,7 @@ class Owner:
     by_mode: bool = False
     guarded_tensors: tuple[str, ...] = ()
     foreign: tuple[tuple[str, str], ...] = ()
+    children: tuple[str, ...] = ()
     watched: dict[str, Any] = field(default_factory=dict)
     variants: dict[Any, Variant] = field(default_factory=dict)
 
@@ -87,7 +89,7 @@ class Owner:
         """Whether calls of this forward have to be told apart at all: not where all it ever takes are tensors."""
         args, kwargs = self.example
         plain = all(isinstance(item, Spec) for item in args) and not kwargs
-        more = len(inspect.signature(forward).parameters) > len(args) + 1
+        more = len(inspect.signature(forward).parameters) > len(args) + 1 or bool(self.children)
         return not plain or more or self.exact or self.by_mode or bool(self.foreign)
 
 
@@ -115,6 +117,7 @@ def graph_key(graph: fx.Graph) -> tuple[Any, ...]:
 def install(module: nn.Module, owner: Owner, level: Level | None = None) -> None:
     """Derive everything from the owner's edits and example: guards, watched attributes, the first variant."""
     module.__dict__["_owner"] = owner
+    owner.children = tuple(module._modules) if isinstance(module, nn.Sequential) else ()
     getattr(module, SLOTS).forget_parts()
     args, kwargs = tensors_of(owner.example)
     if level is None:
@@ -174,11 +177,7 @@ def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 def leaf_level(module: nn.Module, inputs: Example) -> Level:
     """The level of a module that is one operation: a call of its own class's forward."""
-    graph = fx.Graph()
-    parameters = list(inspect.signature(own_class(module).forward).parameters.values())[1:]
-    nodes = [graph.placeholder(p.name, default_value=p.default) for p in parameters]
-    graph.output(graph.call_module(OWN[0], tuple(nodes)))
-    return Level(module, "", graph, inputs)
+    return Level(module, "", whole_call(module, OWN[0]), inputs)
 
 
 def _variant(module: nn.Module, owner: Owner, level: Level) -> Variant:
@@ -197,8 +196,11 @@ def apply_edits(graph: fx.Graph, edits: tuple[LocalEdit, ...], module: nn.Module
     """Insert the regularizers into a level's graph; gives the edits that found no place."""
     names = local_names(graph)
     missing = []
-    # Operands first: an edit on an output must see the users that they leave.
-    for edit in sorted(edits, key=lambda e: e.operand is None):
+    # Operands first: an edit on an output must see the users that they leave. Of several on one output the last
+    # comes first, since each is put right behind the node.
+    on_operands = [edit for edit in edits if edit.operand is not None]
+    on_outputs = [edit for edit in reversed(edits) if edit.operand is None]
+    for edit in (*on_operands, *on_outputs):
         node = names.get(edit.name)
         target = f"{SLOTS}.{edit.slot}"
         if node is None:
@@ -251,6 +253,7 @@ class Part(nn.Module):
         super().__init__()
         # Kept out of `_modules`: this is a part of the owner, not the other way round.
         self.__dict__["_of"] = owner
+        self.training = owner.training
 
 
 class Region(Part):
@@ -283,6 +286,7 @@ def choose_forward(module: nn.Module) -> None:
     first = next(iter(owner.variants.values()), None)
     told_apart = first is None or owner.dispatches(own_class(module).forward)
     cls.forward = _dispatch if first is None or told_apart else first.run
+    _guard_ways(module)
 
 
 def _dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -310,6 +314,8 @@ def _signature(module: Any, owner: Owner, training: bool, args: tuple[Any, ...],
         ]
         items += [(tensor.dtype, tensor.device) for tensor in _guarded(module, owner)]
     items += [getattr(module.get_submodule(path), name) for path, name in owner.foreign]
+    if owner.children:
+        items.append(len(module._modules))
     return tuple(items)
 
 
@@ -343,6 +349,9 @@ def _record_variant(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: di
 
     Where the model itself refuses the input, its own error is raised.
     """
+    if owner.children and owner.children != tuple(module._modules):
+        refuse_skipped(module, "to run with other children than those it had at surgery")
+        return Variant(fx.Graph(), own_class(module).forward)
     key = _signature(module, owner, module.training, args, kwargs)
     try:
         level = _recorded(module, args, kwargs, training=module.training)
@@ -375,6 +384,52 @@ def _lost(module: nn.Module, missing: tuple[LocalEdit, ...]) -> str:
     )
 
 
+# -- what leads around a generated forward -------------------------------------------------------------------------
+def refuse_skipped(module: nn.Module, way: str) -> None:
+    """Raise where something is about to run a part of the module without its active regularizers."""
+    owner: Owner | None = module.__dict__.get("_owner")
+    if owner is None or SLOTS not in {*module.__dict__, *module._modules}:
+        return
+    slots: Slots = getattr(module, SLOTS)
+    skipped = [edit.site_id for edit in owner.edits if slots.get_submodule(edit.slot).active]
+    if skipped:
+        raise SurgeryError(
+            f"{own_class(module).__name__}: {way} would leave out {len(skipped)} regularizers that belong to its own "
+            f"forward ({', '.join(skipped[:3])}). Call the module itself, switch it to eval, or leave these sites out "
+            "of the recipe (`where: {exclude: …}`)."
+        )
+
+
+def _guard_ways(module: nn.Module) -> None:
+    """Make the class's other `forward_*` methods refuse to run where they would leave out active edits.
+
+    They hold the class's own Python: what the generated forward inserts is not in it.
+    """
+    for name in dir(own_class(module)):
+        method = getattr(own_class(module), name, None)
+        if name.startswith("forward_") and callable(method):
+            setattr(type(module), name, _guarded_way(name, method))
+
+
+def _guarded_way(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def way(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_skipped(self, f"{name}()")
+        return method(self, *args, **kwargs)
+
+    return way
+
+
+def whole_call(module: nn.Module, target: str) -> fx.Graph:
+    """A graph that is one call, with the parameters of the module's forward."""
+    graph = fx.Graph()
+    parameters = list(inspect.signature(own_class(module).forward).parameters.values())[1:]
+    nodes = [graph.placeholder(p.name, default_value=p.default) for p in parameters]
+    graph.output(graph.call_module(target, tuple(nodes)))
+    return graph
+
+
+# -- small things ----------------------------------------------------------------------------------------------------
 def spec_of(item: Any) -> Any:
     """The spec of a tensor; anything else as it is."""
     if isinstance(item, torch.Tensor):

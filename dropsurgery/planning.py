@@ -280,6 +280,11 @@ class _Planner:
                 f"{edit.site.id}: {edit.regularizer}{edit.arguments} meets {other.regularizer}{other.arguments} of "
                 f"'{other.entry}' on one edge; leave one out, or say `stack: true` in the later entry to have both"
             )
+        if there:  # the same place in the graph, so that edits run in the order of their entries
+            first = there[0].site
+            same = sum(other.site.id.partition("+")[0] == edit.site.id for other in there)
+            name = f"{edit.site.id}+{same}" if same else edit.site.id
+            edit = replace(edit, site=replace(edit.site, id=name, at=first.at, owner=first.owner))
         there.append(edit)
 
     def _expected(self, entry: Entry, where: str, count: int) -> None:
@@ -304,7 +309,7 @@ class _Planner:
             yield "the model has no stochastic layer with a rate above 0 (timm builds none at rate 0)"
         else:
             for miss in self.sites.found(entry.pattern).nearest():
-                yield f"{miss.node.meta['path']}: {miss.reason}"
+                yield f"{miss.node.meta.get('path', 'the output')}: {miss.reason}"
 
 
 def rates_of(cls: Any, arguments: dict[str, Any]) -> dict[str, float]:

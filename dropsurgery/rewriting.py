@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.capture import Captured
 from dropsurgery.capture.levels import is_leaf, map_tree
-from dropsurgery.emission import drop_own_hooks, emit_owner, emit_root, empty, guard_ways, own_fields
+from dropsurgery.emission import drop_own_hooks, emit_owner, emit_root, empty, own_fields
 from dropsurgery.errors import SurgeryError
 from dropsurgery.forwards import OWN, SLOTS, Example, LocalEdit, leaf_level
 from dropsurgery.graph import local_name
@@ -57,9 +57,7 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
         if edit.kind == "adopt":
             _adopt(copies[model.get_submodule(edit.site.module)], edit)
     root = copies[model]
-    if model in owners:
-        guard_ways(root)
-    else:
+    if model not in owners:
         emit_root(root, captured.inputs, captured.root)
     return root
 

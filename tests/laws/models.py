@@ -40,8 +40,8 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=5, **options)
 
 
-def _smp(architecture: str) -> Callable[[], nn.Module]:
-    return lambda: getattr(smp, architecture)("resnet34", encoder_weights=None)
+def _smp(architecture: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(smp, architecture)("resnet34", encoder_weights=None, **options)
 
 
 FAMILIES = {
@@ -51,7 +51,7 @@ FAMILIES = {
     "convnext": Family(_timm("convnext_atto")),
     "efficientnet": Family(_timm("efficientnet_b0")),
     "mobilenetv3": Family(_timm("mobilenetv3_small_050")),
-    "vgg": Family(_timm("vgg11_bn", mlp_ratio=0.02), size=64, others=(224, 256)),
+    "vgg": Family(_timm("vgg11_bn", mlp_ratio=0.02), size=64, others=(224,)),
     "densenet": Family(_timm("densenet121", block_config=(2, 2, 2, 2))),
     "vit": Family(_timm("vit_tiny_patch16_224", img_size=64, depth=3), others=(), refused=80),
     "vit_dynamic": Family(_timm("vit_tiny_patch16_224", img_size=64, depth=2, dynamic_img_size=True)),
@@ -72,8 +72,8 @@ FAMILIES = {
         ),
         others=(96, 80, 32),
     ),
-    "smp_unet": Family(_smp("Unet"), others=(96, 70)),
-    "smp_fpn": Family(_smp("FPN"), refused=70),
+    "smp_unet": Family(_smp("Unet", decoder_channels=(64, 32, 16, 8, 8)), others=(96, 70)),
+    "smp_fpn": Family(_smp("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32), refused=70),
 }
 """timm's and SMP's families, each by its smallest member."""
 
