@@ -1,8 +1,8 @@
 """The emitted tree as one flat graph: what runs, regularizers included, in a classical GraphModule.
 
-A level is inlined where its graph says all of it. A module whose Python decides from sizes or dtypes, depends on its
-mode, draws numbers of its own or runs under an activation checkpoint stays one call; what the root itself had decided
-is checked as the graph runs.
+A level is inlined where its graph says all of it. A module that depends on its mode, draws numbers of its own or runs
+under an activation checkpoint stays one call, and so does one whose Python decides from sizes or dtypes, unless there
+are edits in it: then what it had decided is checked as the graph runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dropsurgery.capture import Leaf, Level, Opaque, record
 from dropsurgery.capture.view import flat_view
 from dropsurgery.emission import example_of
 from dropsurgery.errors import SurgeryError
-from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, whole_call
+from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, leaf_level, whole_call
+from dropsurgery.trees import attribute_at
 
 _WHOLE = "model"
 
@@ -40,33 +41,47 @@ def flatten(gm: nn.Module) -> fx.GraphModule:
     for level in list(_levels(root)):
         _edited(level)
     if isinstance(root, Level) and _says_all(root):
-        view = flat_view(root, inline=lambda level: level is root or (not level.guards and _says_all(level)))
-        return fx.GraphModule(gm, view.graph)
+        return fx.GraphModule(gm, flat_view(root, inline=_inlined).graph)
     return fx.GraphModule({_WHOLE: gm}, whole_call(gm, _WHOLE))
 
 
 def _levels(call: Level | Opaque | Leaf) -> Iterator[Level]:
-    if isinstance(call, Level):
-        yield call
-        for child in call.children.values():
-            yield from _levels(child)
+    """All levels of a recorded call; a leaf that owns an edit becomes one."""
+    if not isinstance(call, Level):
+        return
+    yield call
+    for node, child in call.children.items():
+        if isinstance(child, Leaf) and child.module.__dict__.get("_owner") is not None:
+            call.children[node] = child = leaf_level(child.module, ((), {}), child.path)
+        yield from _levels(child)
 
 
 def _edited(level: Level) -> None:
     """Put the owner's regularizers and the checks of its guards into a freshly recorded level."""
     graph = level.graph
     owner: Owner | None = level.module.__dict__.get("_owner")
-    known = set(graph.nodes)
     if owner is not None:
         apply_edits(graph, owner.edits, level.module)
-    for node in graph.nodes:
-        if node not in known:
+    for node in graph.find_nodes(op="call_module"):
+        if node not in level.children:  # ours
             target = str(node.target)
             path = f"{level.path}.{target}".lstrip(".")
-            level.children[node] = Leaf(level.module.get_submodule(target), path)
-    for guard in level.guards if not level.path else ():
+            level.children[node] = Leaf(attribute_at(level.module, target), path)
+    for guard in level.guards:
         with graph.inserting_after(guard.node):
             graph.call_function(expect, (guard.node, guard.value, guard.reason))
+
+
+def _inlined(level: Level) -> bool:
+    """Whether a level becomes part of the flat graph: it says all, and either takes nothing for granted or holds edits.
+
+    A guarded module without edits stays one call, which decides anew for each input.
+    """
+    return _says_all(level) and (not level.guards or any(_owns(inner) for inner in _levels(level)))
+
+
+def _owns(level: Level) -> bool:
+    return level.module.__dict__.get("_owner") is not None
 
 
 def _says_all(level: Level) -> bool:

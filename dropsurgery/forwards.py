@@ -175,9 +175,9 @@ def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     raise CaptureError(f"the forward of {own_class(module).__name__} cannot be recorded as it is now: {level.reason}")
 
 
-def leaf_level(module: nn.Module, inputs: Example) -> Level:
+def leaf_level(module: nn.Module, inputs: Example, path: str = "") -> Level:
     """The level of a module that is one operation: a call of its own class's forward."""
-    return Level(module, "", whole_call(module, OWN[0]), inputs)
+    return Level(module, path, whole_call(module, OWN[0]), inputs)
 
 
 def _variant(module: nn.Module, owner: Owner, level: Level) -> Variant:

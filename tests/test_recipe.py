@@ -185,9 +185,7 @@ def test_every_notation_survives_to_dict() -> None:
         "not_on": "residual_add.shortcut",
     }
     schedule = {"piecewise": [[0, 0], [0.5, 1], [1, 0.2]], "begin": "5 epochs", "end": "1000 steps"}
-    written = simple(
-        where=where, schedule=schedule, scale={"stage": {3: 0.5}, "role": {"head": 2}}, expect="any"
-    )
+    written = simple(where=where, schedule=schedule, scale={"stage": {3: 0.5}, "role": {"head": 2}}, expect="any")
     recipe = load_recipe(written)
     assert load_recipe(recipe.to_dict()) == recipe
     jsonschema.validate(recipe.to_dict(), recipe_schema())
@@ -284,11 +282,7 @@ def test_a_schedule_in_each_notation(written: Any, kind: str, options: Any, begi
 
 
 def test_a_schedule_resolves_when_the_length_is_known() -> None:
-    spec = (
-        load_recipe(simple(schedule={"kind": "linear", "begin": "100 steps", "end": "5 epochs"}))
-        .entries[0]
-        .schedule
-    )
+    spec = load_recipe(simple(schedule={"kind": "linear", "begin": "100 steps", "end": "5 epochs"})).entries[0].schedule
     resolved = spec.resolve(1000, 100)
     assert (resolved.begin, resolved.end) == (0.1, 0.5)
     with pytest.raises(PlanError, match="steps_per_epoch"):
@@ -334,11 +328,7 @@ def test_expect(written: Any, hits: int, misses: int | None) -> None:
 
 
 def test_all_problems_at_once_with_line_column_and_path(write: Callable[..., Path]) -> None:
-    text = (
-        RECIPE.replace("p: 0.1", "p: 1.5")
-        .replace("residual_add", "residul_add")
-        .replace("edge: out", "egde: out")
-    )
+    text = RECIPE.replace("p: 0.1", "p: 1.5").replace("residual_add", "residul_add").replace("edge: out", "egde: out")
     path = write(text + "clok: forward\n")
     lines = problems(path)
     assert lines == (
@@ -521,9 +511,7 @@ def test_entry_names_are_used_once() -> None:
 
 def test_a_required_argument_and_a_regularizers_own_types(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine:
-        def __init__(
-            self, p: Rate, size: int | tuple[int, int] = 3, layers: list[str] | None = None
-        ) -> None: ...
+        def __init__(self, p: Rate, size: int | tuple[int, int] = 3, layers: list[str] | None = None) -> None: ...
 
     monkeypatch.setitem(catalogue._registered["regularizers"], "mine", Mine)
     read = load_recipe(simple(insert="mine", **{"with": {"p": 0, "size": [3, 5], "layers": None}})).entries[0]
@@ -548,9 +536,7 @@ def test_a_declared_chain_is_a_pattern() -> None:
         recipe["entries"][0]["edge"] = edge
         assert load_recipe(recipe).entries[0].edge == edge
     recipe["entries"][0]["edge"] = "shortcut"
-    assert only_problem(recipe).startswith(
-        "entries[0].edge: conv_gn_act has no edge 'shortcut'; its edges are"
-    )
+    assert only_problem(recipe).startswith("entries[0].edge: conv_gn_act has no edge 'shortcut'; its edges are")
 
 
 # ---- where a recipe comes from ---------------------------------------------------------------------------
@@ -561,15 +547,10 @@ def test_a_bundled_name_with_or_without_suffix() -> None:
     assert "dropblock_resnet_g34" in bundled()
 
 
-def test_a_bare_name_is_never_the_users_file(
-    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bare_name_is_never_the_users_file(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(RECIPE, "mine.yaml")
     monkeypatch.chdir(path.parent)
-    assert (
-        only_problem("mine.yaml")
-        == "no bundled recipe 'mine.yaml'; for the file in this folder write './mine.yaml'"
-    )
+    assert only_problem("mine.yaml") == "no bundled recipe 'mine.yaml'; for the file in this folder write './mine.yaml'"
     assert load_recipe("./mine.yaml") == load_recipe(Path("mine.yaml")) == load_recipe(str(path))
     write("not: a recipe", "dropblock_resnet_g34.yaml")
     assert load_recipe("dropblock_resnet_g34.yaml").name == "dropblock_resnet_g34"
@@ -676,12 +657,8 @@ def test_includes_cannot_multiply(write: Callable[..., Path]) -> None:
 
 
 def test_overrides_as_dict_and_as_list() -> None:
-    by_dict = load_recipe(
-        "dropblock_resnet_g34", overrides={"conv branch.with.p": 0.2, "shortcut.optional": True}
-    )
-    by_list = load_recipe(
-        "dropblock_resnet_g34", overrides=["conv branch.with.p=0.2", "shortcut.optional=true"]
-    )
+    by_dict = load_recipe("dropblock_resnet_g34", overrides={"conv branch.with.p": 0.2, "shortcut.optional": True})
+    by_list = load_recipe("dropblock_resnet_g34", overrides=["conv branch.with.p=0.2", "shortcut.optional=true"])
     assert by_dict == by_list
     assert [entry.arguments["p"] for entry in by_dict.entries] == [0.2, 0.1, 0.1]
     assert by_dict.entries[0].arguments["block_size"] == 7
@@ -752,9 +729,7 @@ def test_a_wrong_override(override: str, told: str) -> None:
     assert only_problem("dropblock_resnet_g34", overrides=[override]).startswith(told)
 
 
-@pytest.mark.parametrize(
-    "wrong", ["conv branch.with.p=1", ["conv branch.with.p"], [3], {3: 4}, 3, {"x" * 301: 1}]
-)
+@pytest.mark.parametrize("wrong", ["conv branch.with.p=1", ["conv branch.with.p"], [3], {3: 4}, 3, {"x" * 301: 1}])
 def test_overrides_of_a_wrong_shape(wrong: Any) -> None:
     assert only_problem("dropblock_resnet_g34", overrides=wrong).startswith("expected ")
 
@@ -848,9 +823,7 @@ def test_many_exploding_expressions() -> None:
 
 def test_an_expression_with_huge_counts() -> None:
     with within_a_second():
-        assert "at most three digits" in only_problem(
-            simple(where={"module": "re:(?:a{0,10000000}b?){100000}"})
-        )
+        assert "at most three digits" in only_problem(simple(where={"module": "re:(?:a{0,10000000}b?){100000}"}))
 
 
 def test_an_expression_that_explodes_on_a_models_path_only() -> None:
@@ -891,8 +864,7 @@ def test_aliases_within_bounds_are_fine(write: Callable[..., Path]) -> None:
     assert load_recipe(write(text)) == load_recipe(write(RECIPE))
     told = problems(path := write(text.replace("&rate 0.1", "&rate 3")))
     assert told == tuple(
-        f"{path}:6:13 {where}.with.p: expected a number in [0, 1], got 3"
-        for where in ("entries[0]", "defaults")
+        f"{path}:6:13 {where}.with.p: expected a number in [0, 1], got 3" for where in ("entries[0]", "defaults")
     )
 
 
@@ -1004,12 +976,8 @@ def test_any_mutated_text_is_a_recipe_or_a_recipe_error(
         assert isinstance(recipe, Recipe)
 
 
-SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(SNIPPETS)
-)
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3)
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(SNIPPETS)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3))
 FIELDS = [
     "name",
     "pattern",
@@ -1035,9 +1003,7 @@ HEADS = ["name", "include", "patterns", "defaults", "tested_on", "version", "clo
     other=VALUES,
     top=st.sampled_from(HEADS),
 )
-def test_any_value_is_a_recipe_or_a_recipe_error(
-    field: str, fact: str, value: Any, other: Any, top: str
-) -> None:
+def test_any_value_is_a_recipe_or_a_recipe_error(field: str, fact: str, value: Any, other: Any, top: str) -> None:
     for recipe in (simple(**{field: value}), simple(where={fact: value}), {**simple(), top: other}):
         try:
             assert isinstance(load_recipe(recipe), Recipe)

@@ -483,9 +483,7 @@ def test_a_manual_clock_resumes_as_one() -> None:
 def test_another_total_warns_and_does_not_count() -> None:
     net, longer = Net(), Net(total_steps=20)
     train(net, sgd(net), 5)
-    with pytest.warns(
-        SurgeryWarning, match="saved at step 5 of 10, and this model has total_steps=20, which counts"
-    ):
+    with pytest.warns(SurgeryWarning, match="saved at step 5 of 10, and this model has total_steps=20, which counts"):
         longer.clock.load_state_dict(net.clock.state_dict())
     assert longer.clock.progress == 0.25
     assert longer.p == pytest.approx(0.025)

@@ -192,9 +192,7 @@ def test_instants_are_read(given_: object, expected: Instant) -> None:
     assert Instant.parse(str(expected) if expected.unit != "fraction" else expected.value) == expected
 
 
-@pytest.mark.parametrize(
-    "given_", [1.5, -0.1, True, "1000", "steps", "-1 steps", "5 days", None, [1], "nan steps"]
-)
+@pytest.mark.parametrize("given_", [1.5, -0.1, True, "1000", "steps", "-1 steps", "5 days", None, [1], "nan steps"])
 def test_other_instants_are_refused(given_: object) -> None:
     with pytest.raises(RecipeError, match="expected a fraction"):
         Instant.parse(given_)

@@ -182,8 +182,9 @@ class Frame:
         if name not in self._attributes:
             # By hand: `Graph.get_attr` looks the attribute up and warns where it is not found.
             node = self.graph.create_node("get_attr", name)
-            node.meta["value"] = tensor
-            self._attributes[name] = Traced(self, node, tensor)
+            # A fake, since the forward may write to it.
+            node.meta["value"] = self.recorder.values.run(self.recorder.fake, (tensor,), {})
+            self._attributes[name] = Traced(self, node, node.meta["value"])
         return self._attributes[name]
 
     def to_values(self, tree: Any) -> Any:

@@ -33,9 +33,14 @@ def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
     def __getattr__(self: Any, name: str) -> Any:
         return self.__dict__["_recorder"].read(self, name, super(probe_class, self).__getattr__(name))
 
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if self.__dict__["_recorder"].writes(name, value):
+            super(probe_class, self).__setattr__(name, value)
+
     namespace = {
         "__getattribute__": __getattribute__,
         "__getattr__": __getattr__,
+        "__setattr__": __setattr__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
     }

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from dropsurgery.capture.frame import Frame, drop_unused, placeholders, structure
 from dropsurgery.capture.levels import Component, Leaf, Level, Opaque, describe, is_leaf, map_tree
 from dropsurgery.capture.probes import Intercepted, forward_of, make_probe
-from dropsurgery.capture.traced import OPERATORS, Traced, Untraceable
+from dropsurgery.capture.traced import INPLACE, OPERATORS, Traced, Untraceable
 from dropsurgery.capture.values import Values
 from dropsurgery.capture.watching import watched
 from dropsurgery.errors import CaptureError
@@ -116,6 +116,9 @@ class Recorder(TorchFunctionMode):
         self, probe: nn.Module, path: str, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Opaque, Any]:
         opaque = Opaque(self.original[probe], path, f"{type(error).__name__}: {error}")
+        for module in probe.modules():  # it may write to them
+            for tensors in (module._parameters, module._buffers):
+                tensors.update(self.fake(dict(tensors)))
         frames, self.frames = self.frames, []
         self._opaque.append(opaque)
         try:
@@ -161,6 +164,16 @@ class Recorder(TorchFunctionMode):
             below = _below(self._paths[probe], frame.path) if probe is not frame.probe else ""
             frame.level.reads.setdefault((below, name), value)
         return value
+
+    def writes(self, name: str, value: Any) -> bool:
+        """Whether an attribute is really set: no graph can say it, but `self.x += 1` only gives `x` back to itself."""
+        if not self.frames or self.values.running:
+            return True
+        if type(value) is Traced and value._node.target in INPLACE:
+            changed = value._node.args[0]
+            if isinstance(changed, fx.Node) and changed.op == "get_attr" and changed.target == name:
+                return False
+        raise Untraceable(f"sets its attribute {name!r}")
 
     # -- torch functions --------------------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

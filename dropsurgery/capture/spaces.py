@@ -135,11 +135,11 @@ def _permutation(node: fx.Node, rank: int) -> list[int] | None:
     """Which old axis each new axis is, for nodes that only reorder axes; None for others or unknown orders."""
     given: Any = node.args[1:]
     if node.target in _PERMUTES:
-        order = node.kwargs.get("dims", given[0] if given and isinstance(given[0], (tuple, list)) else given)
-        return [int(axis) % rank for axis in order]  # type: ignore[union-attr, arg-type]
+        order: Any = node.kwargs.get("dims", given[0] if given and isinstance(given[0], (tuple, list)) else given)
+        return [int(axis) % rank for axis in order]
     if node.target in _SWAPS and len(given) == 2:
-        order = list(range(rank))
+        axes = list(range(rank))
         first, second = given
-        order[first], order[second] = order[second], order[first]
-        return order
+        axes[first], axes[second] = axes[second], axes[first]
+        return axes
     return None

@@ -191,6 +191,9 @@ _OTHER = ("lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "invert", "abs", "ge
 OPERATORS: dict[str, Callable[..., Any]] = {}
 """Special method → the function of `operator` that does the same, and `__radd__` and its kin with None."""
 
+INPLACE = frozenset(getattr(operator, name) for name in _INPLACE)
+"""The functions of `operator` that change their first argument, where it can be changed."""
+
 for _name in (*_BINARY, *_INPLACE, *_OTHER):
     _function = getattr(operator, f"{_name}_" if _name in {"and", "or"} else _name)
     OPERATORS[f"__{_name}__"] = _function

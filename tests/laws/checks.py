@@ -43,13 +43,18 @@ def equal(one: Any, other: Any) -> bool:
 def restored(model: nn.Module) -> Iterator[None]:
     """Put back modes and buffers, and drop gradients."""
     modes = {module: module.training for module in model.modules()}
-    saved = {buffer: buffer.clone() for buffer in model.buffers()}
+    saved = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
         with torch.inference_mode(False), torch.no_grad():
-            for buffer, before in saved.items():
-                buffer.copy_(before)
+            for module, name, buffer, before in saved:
+                module._buffers[name] = buffer.copy_(before)
         for module, mode in modes.items():
             module.training = mode
         model.zero_grad()
