@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import inspect
+import linecache
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,14 +73,16 @@ class Owner:
 
     `example` are the arguments it was recorded with (specs for tensors), `edits` what was inserted. `exact` asks for
     full signatures (shapes, dtypes, devices …), else only structure is compared: which arguments are tensors of which
-    rank, and the values of the others. `by_mode` says that training and eval have variants of their own, `children`
-    are those of a Sequential, whose forward goes by them.
+    rank, and the values of the others. `by_mode` says that training and eval have variants of their own, `by_rank`
+    that the forward asked for a rank; `foreign` are attributes of children that it read, `children` those of a
+    Sequential, whose forward goes by them.
     """
 
     edits: tuple[LocalEdit, ...]
     example: Example
     exact: bool = False
     by_mode: bool = False
+    by_rank: bool = False
     guarded_tensors: tuple[str, ...] = ()
     foreign: tuple[tuple[str, str], ...] = ()
     children: tuple[str, ...] = ()
@@ -90,7 +94,7 @@ class Owner:
         args, kwargs = self.example
         plain = all(isinstance(item, Spec) for item in args) and not kwargs
         more = len(inspect.signature(forward).parameters) > len(args) + 1 or bool(self.children)
-        return not plain or more or self.exact or self.by_mode or bool(self.foreign)
+        return not plain or more or self.exact or self.by_mode or self.by_rank or bool(self.foreign)
 
 
 def clean(graph: fx.Graph) -> fx.Graph:
@@ -135,6 +139,8 @@ def install(module: nn.Module, owner: Owner, level: Level | None = None) -> None
     for mode, variant in variants.items():
         if variant.missing:
             raise CaptureError(_lost(module, variant.missing))
+        if any(name == "training" for _, name in owner.foreign):
+            continue  # the modes of children are their own: recorded as they are, at the first call
         owner.variants[_signature(module, owner, mode, args, kwargs)] = variant
     module.__dict__["_graph"] = next(iter(variants.values())).graph
     module.recompile()  # type: ignore[operator]
@@ -158,15 +164,16 @@ def tell_apart(module: nn.Module, levels: list[Level]) -> None:
 def _note(owner: Owner, level: Level) -> None:
     """Take over what a level took for granted."""
     owner.exact = owner.exact or bool(level.guards)
+    owner.by_rank = owner.by_rank or level.asks_rank
     owner.guarded_tensors = tuple({*owner.guarded_tensors, *level.guarded_tensors})
     plain = {key: value for key, value in level.reads.items() if not isinstance(value, nn.Module)}
-    owner.foreign = tuple({*owner.foreign, *((path, name) for path, name in plain if path and name != "training")})
+    owner.foreign = tuple({*owner.foreign, *(key for key in plain if key[0])})
     owner.watched.update(
         {name: value for (path, name), value in level.reads.items() if not path and name != "training"}
     )
 
 
-def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Level:
+def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool | None) -> Level:
     level = record(module, args, kwargs, training=training)
     if isinstance(level, Level):
         return level
@@ -221,8 +228,11 @@ def _same_region(node: fx.Node, made: fx.Node) -> None:
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a function of (self, *inputs)."""
     code = graph.python_code("self")
+    # A name of its own, so that tracebacks show the lines.
+    name = f"<dropsurgery {hashlib.sha1(code.src.encode()).hexdigest()[:12]}>"
+    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
     namespace = dict(code.globals)
-    exec(compile(code.src, "<dropsurgery>", "exec"), namespace)
+    exec(compile(code.src, name, "exec"), namespace)
     return namespace["forward"]  # type: ignore[no-any-return]
 
 
@@ -354,7 +364,7 @@ def _record_variant(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: di
         return Variant(fx.Graph(), own_class(module).forward)
     key = _signature(module, owner, module.training, args, kwargs)
     try:
-        level = _recorded(module, args, kwargs, training=module.training)
+        level = _recorded(module, args, kwargs, training=None)
     except CaptureError as error:
         if error.__cause__ is not None:
             raise error.__cause__ from None

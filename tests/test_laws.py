@@ -17,8 +17,13 @@ from dropsurgery import CaptureError, apply_recipe, strip
 from tests.laws import checks
 from tests.laws.models import FAMILIES, STEPS, convert, everywhere, fresh, images, loud, pair
 
-on_each_family = pytest.mark.parametrize("name", FAMILIES)
 checkpointing = pytest.mark.parametrize("name", [n for n in FAMILIES if n != "vgg" and not n.startswith("smp")])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Of module scope, so that the tests of one family follow each other and its models need not be kept."""
+    return str(request.param)
 
 
 def calling(x: Tensor, **options: Any) -> checks.Call:
@@ -26,14 +31,12 @@ def calling(x: Tensor, **options: Any) -> checks.Call:
 
 
 # -- 1: equal in both modes ------------------------------------------------------------------------------------------
-@on_each_family
 def test_outputs_buffers_and_gradients_are_equal(name: str) -> None:
     model, gm = pair(name)
     checks.check_outputs(model, gm, calling(images(name)))
     checks.check_noise(loud(name), calling(images(name)))
 
 
-@on_each_family
 def test_it_may_be_captured_in_either_mode(name: str) -> None:
     model = fresh(name).eval()
     gm = convert(name, model)
@@ -41,7 +44,6 @@ def test_it_may_be_captured_in_either_mode(name: str) -> None:
     checks.check_outputs(model, gm, calling(images(name)))
 
 
-@on_each_family
 def test_outputs_are_equal_in_other_surroundings(name: str) -> None:
     model, gm = pair(name)
     checks.check_outputs(model, gm, calling(images(name).to(memory_format=torch.channels_last)))
@@ -53,7 +55,6 @@ def test_outputs_are_equal_in_other_surroundings(name: str) -> None:
 
 
 # -- 2: other sizes --------------------------------------------------------------------------------------------------
-@on_each_family
 def test_outputs_are_equal_at_other_sizes(name: str) -> None:
     model, gm = pair(name)
     for x in (images(name, batch=3), *(images(name, size, batch=1) for size in FAMILIES[name].others)):
@@ -66,7 +67,6 @@ def test_a_size_is_refused_in_the_models_own_words(name: str) -> None:
 
 
 # -- 3: one computation, two forms -----------------------------------------------------------------------------------
-@on_each_family
 def test_the_flat_graph_computes_what_the_tree_does(name: str) -> None:
     gm = loud(name)
     flat = gm.surgery.flatten()
@@ -81,7 +81,6 @@ def test_the_flat_graph_computes_what_the_tree_does(name: str) -> None:
 
 
 # -- 4: state --------------------------------------------------------------------------------------------------------
-@on_each_family
 def test_names_order_and_tensors_are_the_models(name: str) -> None:
     model, gm = pair(name)
     checks.check_state(model, gm)
@@ -90,7 +89,6 @@ def test_names_order_and_tensors_are_the_models(name: str) -> None:
     gm.load_state_dict(other.state_dict(), strict=True)
 
 
-@on_each_family
 def test_an_optimizers_checkpoint_goes_back_and_forth(name: str) -> None:
     model = fresh(name)
     gm = convert(name, model)
@@ -106,7 +104,6 @@ def test_an_optimizers_checkpoint_goes_back_and_forth(name: str) -> None:
 
 
 # -- 5: class, methods, attributes -----------------------------------------------------------------------------------
-@on_each_family
 def test_it_is_still_the_users_model(name: str) -> None:
     model, gm = pair(name)
     checks.check_identity(model, gm)
@@ -175,7 +172,6 @@ def ways(gm: nn.Module, x: Tensor) -> dict[str, checks.Call]:
     return found
 
 
-@on_each_family
 @pytest.mark.parametrize("copied", [False, True], ids=["itself", "copy"])
 def test_every_way_in_is_regularized(name: str, copied: bool) -> None:
     model, gm = pair(name)[0], loud(name)
@@ -206,12 +202,10 @@ def test_a_stage_alone_is_regularized() -> None:
 
 
 # -- 7: hooks, checkpointing -----------------------------------------------------------------------------------------
-@on_each_family
 def test_hooks_of_every_module_fire(name: str) -> None:
     checks.check_hooks(*pair(name), calling(images(name)))
 
 
-@on_each_family
 def test_hooks_registered_before_fire_in_both(name: str) -> None:
     model, fired = fresh(name), []
     for path, module in model.named_modules():
@@ -253,7 +247,6 @@ def test_gradient_checkpointing(name: str, when: str) -> None:
 
 
 # -- 8: the original -------------------------------------------------------------------------------------------------
-@on_each_family
 def test_the_model_given_is_untouched_and_trains_on(name: str) -> None:
     model, twin = fresh(name), fresh(name)
     call = calling(images(name))
@@ -299,7 +292,6 @@ def test_a_failure_half_way_leaves_no_trace(
 
 
 # -- 9: copies -------------------------------------------------------------------------------------------------------
-@on_each_family
 def test_copies_and_files(name: str) -> None:
     gm = convert(name, fresh(name))
     for _ in range(STEPS // 2):
@@ -308,7 +300,6 @@ def test_copies_and_files(name: str) -> None:
         checks.check_copy(gm, other, calling(images(name)))
 
 
-@on_each_family
 def test_dtypes_and_shared_memory(name: str) -> None:
     model = fresh(name)
     gm = convert(name, model)

@@ -19,6 +19,7 @@ from dropsurgery.capture.levels import Leaf, Level, Opaque
 from dropsurgery.capture.recorder import record
 from dropsurgery.capture.view import FlatView, flat_view
 from dropsurgery.errors import CaptureError
+from dropsurgery.trees import own_class
 
 __all__ = ["Captured", "Leaf", "Level", "Opaque", "capture", "record"]
 
@@ -69,13 +70,12 @@ def refuse_unfit(model: Any) -> None:
     """Raise CaptureError for what is no plain tree of modules."""
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, "surgery"):
-        raise CaptureError(
-            f"this {type(model).__name__} is already rewritten: strip it first (dropsurgery.strip), "
-            "or put all entries into one recipe"
-        )
     for path, module in model.named_modules():
         where = f"'{path}' is" if path else "the model is"
+        if own_class(module) is not type(module):
+            raise CaptureError(
+                f"{where} already rewritten: strip it first (dropsurgery.strip), or put all entries into one recipe"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(f"{where} scripted (TorchScript), which has no Python forward: apply the recipe first")
         if isinstance(module, OptimizedModule) or module.__dict__.get("_compiled_call_impl") is not None:

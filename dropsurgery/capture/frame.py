@@ -85,6 +85,7 @@ class Frame:
     # -- nodes ------------------------------------------------------------------------------------------------
     def shape_of(self, tensor: Traced) -> TracedSize:
         node = tensor._node
+        self.level.asks_rank = True
         if node not in self._shapes:
             with torch._C.DisableTorchFunction():
                 sizes = tuple(tensor._value.shape)

@@ -53,6 +53,7 @@ class Level:
     children: dict[fx.Node, Level | Opaque | Leaf] = field(default_factory=dict)
     regions: list[Callable[..., Any]] = field(default_factory=list)
     random: bool = False
+    asks_rank: bool = False
     output: Any = None
 
     @property

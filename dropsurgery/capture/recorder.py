@@ -38,7 +38,7 @@ class ModelFailed(Exception):
 class Recorder(TorchFunctionMode):
     """Records the calls of one model. Use through `record`."""
 
-    def __init__(self, root: nn.Module, training: bool) -> None:
+    def __init__(self, root: nn.Module, training: bool | None) -> None:
         super().__init__()
         copies = copy_tree(root, make_probe, share_tensors=False)
         self.root = copies[root]
@@ -51,7 +51,8 @@ class Recorder(TorchFunctionMode):
             fields = probe.__dict__
             fields["_own_forward"] = fields.pop("forward", None)
             fields["forward"] = Intercepted(probe)
-            fields["training"] = training
+            if training is not None:
+                fields["training"] = training
             fields["_recorder"] = self
             for name in HOOKS:
                 hooks = probe.__dict__.get(name)
@@ -202,7 +203,7 @@ def _below(paths: tuple[str, ...], owner: str) -> str:
 
 
 def record(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, path: str = "", training: bool = False
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, path: str = "", training: bool | None = False
 ) -> Level | Opaque | Leaf:
     """Record one call of the module at `path` below `root` (the root itself by default).
 
@@ -210,7 +211,7 @@ def record(
         root: the model; it is not touched.
         args, kwargs: tensors of any device, only their shapes, dtypes and devices count.
         path: which module is called with them.
-        training: the mode of every module while it is recorded.
+        training: the mode of every module while it is recorded; None leaves each its own.
 
     Raises:
         CaptureError: the model's own forward raises on these inputs; its error is the cause.

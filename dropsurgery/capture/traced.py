@@ -29,7 +29,7 @@ class Untraceable(Exception):
 # Read off the value, and the same for every input of the same rank and kind.
 _STRUCTURE = frozenset({"ndim", "is_sparse", "is_quantized", "is_nested", "names", "layout", "is_mkldnn"})
 # Read off the value, but another input may have another: a guard.
-_GUARDED = frozenset({"dtype", "device", "requires_grad", "is_cuda", "is_meta", "is_cpu", "is_mps", "is_xpu"})
+_GUARDED = frozenset({"dtype", "device", "requires_grad", "itemsize", "is_cuda", "is_meta", "is_cpu", "is_mps", "is_xpu"})
 # Methods whose Python answer may differ between inputs of the same rank.
 _GUARDED_CALLS = frozenset({"is_contiguous", "is_floating_point", "is_complex", "get_device", "type", "stride"})
 _DATA = frozenset({"item", "tolist", "numpy", "cpu_numpy", "__array__", "nonzero", "is_nonzero"})
@@ -38,6 +38,11 @@ _ALIASES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "grad"})
 
 class TracedSize(tuple[Any, ...]):
     """`torch.Size` of traced numbers."""
+
+    def __repr__(self) -> str:
+        return repr(torch.Size(int(size) for size in self))
+
+    __str__ = __repr__
 
     def numel(self) -> Any:
         return math.prod(self)
@@ -64,13 +69,16 @@ class Traced:
         raise Untraceable(f"{func} reached outside of the recording")
 
     def __repr__(self) -> str:
-        return f"Traced({self._node.name})"
+        if isinstance(self._value, torch.Tensor):
+            return f"Traced({self._node.name})"
+        return repr(self._known("the text"))
 
     def __getattr__(self, name: str) -> Any:
         value = self._value
         if name == "shape" and isinstance(value, torch.Tensor):
             return self._frame.shape_of(self)
         if name in _STRUCTURE:
+            self._frame.level.asks_rank = True
             return getattr(value, name)
         if name in _GUARDED:
             known = getattr(value, name)
@@ -81,8 +89,10 @@ class Traced:
         if name in _ALIASES:
             return self._frame.call_function(getattr, (self, name), {})
         attribute = getattr(value, name)  # an AttributeError here is what the model would see
-        if name.startswith("_") or not callable(attribute):
+        if name.startswith("__"):
             return attribute
+        if name.startswith("_") or not callable(attribute):
+            raise Untraceable(f"asks for .{name}")
         return self._method(name)
 
     def _method(self, name: str) -> Callable[..., Any]:
@@ -91,8 +101,9 @@ class Traced:
                 shape = self._frame.shape_of(self)
                 return shape[args[0] if args else kwargs["dim"]] if args or kwargs else shape
             if name in {"dim", "ndimension"}:
-                return self._value.dim()
-            if name in _GUARDED_CALLS:
+                self._frame.level.asks_rank = True
+                return self._value.ndim
+            if name in _GUARDED_CALLS and (name != "type" or not (args or kwargs)):
                 return self._frame.guarded_method(name, (self, *args), kwargs)
             return self._frame.call_method(name, (self, *args), kwargs)
 
@@ -132,7 +143,7 @@ class Traced:
         return format(self._known("the text"), spec)
 
     def __hash__(self) -> int:
-        return id(self)
+        return id(self) if isinstance(self._value, torch.Tensor) else hash(self._known("the hash"))
 
     def __len__(self) -> int:
         first = self._frame.shape_of(self)[0]

@@ -1,4 +1,4 @@
-"""Notices what leaves no trace in a graph: activation checkpoints, and questions about autocast and grad mode."""
+"""Notices what leaves no trace in a graph: activation checkpoints, questions and changes of torch's global state."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+import torch.nn.attention
 import torch.utils.checkpoint
+
+from dropsurgery.capture.traced import Traced, Untraceable
 
 if TYPE_CHECKING:
     from dropsurgery.capture.frame import Frame
@@ -21,6 +24,20 @@ if TYPE_CHECKING:
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 _GENERATOR += "_impl" if hasattr(torch.utils.checkpoint, _GENERATOR + "_impl") else ""
 _OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug")
+_QUESTIONS = ("is_autocast_enabled", "get_autocast_dtype", "is_grad_enabled", "is_inference_mode_enabled")
+# What changes a state that a graph knows nothing of, or hands a stand-in to C++ code, which would take it for a tensor.
+_UNSAYABLE: tuple[tuple[Any, str], ...] = (
+    (torch.autocast, "__enter__"),
+    (torch.inference_mode, "__enter__"),
+    (torch, "manual_seed"),
+    (torch, "get_rng_state"),
+    (torch, "set_rng_state"),
+    (torch.nn.attention, "_sdpa_kernel"),
+    (torch.nested, "nested_tensor"),
+    (torch.jit.ScriptFunction, "__call__"),
+)
+# They take sizes one by one, which torch's own argument parser refuses where the first is a stand-in.
+_BY_SIZE = ("zeros", "ones", "empty", "rand", "randn")
 
 
 @contextmanager
@@ -43,6 +60,7 @@ def watched(recorder: Recorder) -> Iterator[None]:
         return answer
 
     reentrant, plain = home.CheckpointFunction, getattr(home, _GENERATOR)
+    apply_of = inspect.getattr_static(torch.autograd.Function, "apply")
 
     class Reentrant:
         @staticmethod
@@ -64,10 +82,36 @@ def watched(recorder: Recorder) -> Iterator[None]:
         with asked.region(functools.partial(home.checkpoint, use_reentrant=False, **options)):
             yield
 
-    with (
-        mock.patch.object(home, "CheckpointFunction", Reentrant),
-        mock.patch.object(home, _GENERATOR, generator),
-        mock.patch.object(torch, "is_autocast_enabled", ask(torch.is_autocast_enabled)),
-        mock.patch.object(torch, "is_grad_enabled", ask(torch.is_grad_enabled)),
-    ):
+    def refused(place: Any, name: str) -> Any:
+        function = getattr(place, name)
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if frame():
+                raise Untraceable(f"uses {place.__name__}.{name}, which no graph can say")
+            return function(*args, **kwargs)
+
+        return refuse
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if frame():
+            raise Untraceable(f"uses {cls.__name__}.apply, which no graph can say")
+        return apply_of.__get__(None, cls)(*args, **kwargs)
+
+    def packed(factory: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*sizes: Any, **options: Any) -> Any:
+            listed = frame() and any(isinstance(size, Traced) for size in sizes)
+            return factory(sizes, **options) if listed else factory(*sizes, **options)
+
+        return make
+
+    with ExitStack() as patches:
+        for place, name, made in (
+            (home, "CheckpointFunction", Reentrant),
+            (home, _GENERATOR, generator),
+            (torch.autograd.Function, "apply", classmethod(apply)),
+            *((torch, name, ask(getattr(torch, name))) for name in _QUESTIONS),
+            *((place, name, refused(place, name)) for place, name in _UNSAYABLE),
+            *((torch, name, packed(getattr(torch, name))) for name in _BY_SIZE),
+        ):
+            patches.enter_context(mock.patch.object(place, name, made))
         yield

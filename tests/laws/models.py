@@ -33,7 +33,6 @@ class Family:
     size: int = 64
     others: tuple[int, ...] = (96,)
     refused: int | None = None
-    sites: str = "dropblock"
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -109,7 +108,7 @@ def ready(model: nn.Module) -> nn.Module:
     return model
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=4)
 def original(name: str) -> nn.Module:
     """A model of the zoo; shared by all tests, so never to be changed: copy it."""
     torch.manual_seed(0)
@@ -131,7 +130,7 @@ def convert(name: str, model: nn.Module, recipe: Any = None) -> fx.GraphModule:
     return apply_recipe(model, recipe or everywhere(), example_inputs=images(name), total_steps=STEPS)
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=2)
 def pair(name: str) -> tuple[nn.Module, fx.GraphModule]:
     """A model and what `everywhere` made of it: checks that run them put back what they change (`kept`)."""
     model = fresh(name)
