@@ -59,8 +59,9 @@ def apply_recipe(
     plan, captured = _planned(model, recipe, example_inputs, total_steps, steps_per_epoch, overrides)
     _check_clock(plan)
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    gm = rewrite(captured, plan.edits, lambda edit: _build(edit).to(device))
-    gm.__dict__["surgery"] = Surgery(gm, plan.detached(), Context(seed))
+    with torch.inference_mode(False), device:  # rates are written later, wherever this was called
+        gm = rewrite(captured, plan.edits, lambda edit: _build(edit).to(device))
+        gm.__dict__["surgery"] = Surgery(gm, plan.detached(), Context(seed))
     assert isinstance(gm, fx.GraphModule)
     return gm
 

@@ -54,7 +54,7 @@ def load(kind: Kind, name: str) -> Any:
     if name in (plugins := _plugins(kind)):
         return plugins[name].load()
     known = names(kind)
-    near = difflib.get_close_matches(name, known, n=3)
+    near = difflib.get_close_matches(str(name), known, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(known)}"
     raise SurgeryError(f"no {kind.removesuffix('s')} {name!r}; {hint}")
 

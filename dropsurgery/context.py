@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dropsurgery.errors import SurgeryError
+
 _CPU = torch.device("cpu")
+_MARKS = 1 << 62
 _handles = itertools.count()
 _contexts: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictionary()
 
@@ -24,6 +27,8 @@ class Context:
     """Step, seed and keyed random numbers of one model; without `seed`, all is torch's global generator's."""
 
     def __init__(self, seed: int | None = None) -> None:
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+            raise SurgeryError(f"seed: expected an int or None, got {seed!r}")
         self.seed = seed
         self._step = 0
         self._forwards: dict[str, int] = {}
@@ -45,14 +50,15 @@ class Context:
         """Return the key of the next draw at `site_id`, a 0-dim int64 CPU tensor; None without a seed."""
         if self.seed is None:
             return None
-        key: Tensor = torch.ops.dropsurgery.key(self._handle, site_id, device=_CPU)
-        return key
-
-    def _next(self, site_id: str) -> int:
         # Activation checkpointing runs a forward again inside backward, and must meet the same numbers. It
         # puts torch's global generator back to where it was, so that a number drawn from there tells which
         # forward is repeated; where it does not (preserve_rng_state=False), the last one is taken to be.
-        mark = int(torch.empty((), dtype=torch.int64, device=_CPU).random_())
+        # Drawn out here, it also keeps compilers from merging two calls of one site into one.
+        mark = torch.randint(_MARKS, (), device=_CPU)
+        key: Tensor = torch.ops.dropsurgery.key(self._handle, site_id, mark)
+        return key
+
+    def _next(self, site_id: str, mark: int) -> int:
         repeated = torch._C._current_graph_task_id() != -1
         if repeated and (site_id, mark) in self._keys:
             return self._keys[site_id, mark]
@@ -80,13 +86,12 @@ class Context:
         self._register()
 
 
-# An operator, so that a compiled model can ask for keys; by handle, so that no step changes its graph. The
-# device tells compiled checkpointing which generator's state it must keep.
+# An operator, so that a compiled model can ask for keys; by handle, so that no step changes its graph.
 @torch.library.custom_op("dropsurgery::key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _key(handle: int, site_id: str, *, device: torch.device) -> Tensor:
-    return torch.tensor(_contexts[handle]._next(site_id), device=device)
+def _key(handle: int, site_id: str, mark: Tensor) -> Tensor:
+    return torch.tensor(_contexts[handle]._next(site_id, int(mark)), device=_CPU)
 
 
 @_key.register_fake
-def _(handle: int, site_id: str, *, device: torch.device) -> Tensor:
-    return torch.empty((), dtype=torch.int64, device=device)
+def _(handle: int, site_id: str, mark: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=_CPU)

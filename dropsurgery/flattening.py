@@ -17,7 +17,8 @@ from dropsurgery.capture.view import flat_view
 from dropsurgery.emission import example_of
 from dropsurgery.errors import SurgeryError
 from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, leaf_level, whole_call
-from dropsurgery.trees import attribute_at
+from dropsurgery.graph import build_result
+from dropsurgery.trees import HOOKS, attribute_at
 
 _WHOLE = "model"
 
@@ -41,7 +42,9 @@ def flatten(gm: nn.Module) -> fx.GraphModule:
     for level in list(_levels(root)):
         _edited(level)
     if isinstance(root, Level) and _says_all(root):
-        return fx.GraphModule(gm, flat_view(root, inline=_inlined).graph)
+        graph = flat_view(root, inline=_inlined).graph
+        build_result(graph)
+        return fx.GraphModule(gm, graph)
     return fx.GraphModule({_WHOLE: gm}, whole_call(gm, _WHOLE))
 
 
@@ -85,8 +88,8 @@ def _owns(level: Level) -> bool:
 
 
 def _says_all(level: Level) -> bool:
-    """Whether a level's graph may stand for its module in both modes."""
-    if level.random or level.regions:
+    """Whether a level's graph may stand for its module in both modes, with nothing run around it."""
+    if level.random or level.regions or any(getattr(level.module, name) for name in HOOKS):
         return False
     if not level.reads_training:
         return True

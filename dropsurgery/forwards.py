@@ -22,7 +22,7 @@ from torch import fx, nn
 from dropsurgery.capture import Leaf, Level, record
 from dropsurgery.capture.levels import map_tree
 from dropsurgery.errors import CaptureError, SurgeryError
-from dropsurgery.graph import LocalName, carve, insert_after, insert_on, local_names
+from dropsurgery.graph import LocalName, build_result, carve, insert_after, insert_on, local_names
 from dropsurgery.trees import attribute_at, own_class
 
 SLOTS = "_surgery"
@@ -195,6 +195,7 @@ def _variant(module: nn.Module, owner: Owner, level: Level) -> Variant:
         slots: Slots = getattr(module, SLOTS)
         name = f"region{len(slots._modules)}"
         slots.add_module(name, Region(module, _compiled(carve(graph, nodes, f"{SLOTS}.{name}")), rerun))
+    build_result(graph)
     graph.lint()
     return Variant(graph, _compiled(graph), missing)
 
@@ -319,8 +320,8 @@ def _signature(module: Any, owner: Owner, training: bool, args: tuple[Any, ...],
     if owner.exact:
         items += [
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.is_autocast_enabled("cuda"),
+            torch.is_inference_mode_enabled(),
+            *(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
         ]
         items += [(tensor.dtype, tensor.device) for tensor in _guarded(module, owner)]
     items += [getattr(module.get_submodule(path), name) for path, name in owner.foreign]

@@ -62,6 +62,24 @@ def insert_on(node: fx.Node, operand: int | tuple[int, int], target: str) -> fx.
     return made
 
 
+def build_result(graph: fx.Graph) -> None:
+    """Let calls make the named tuples of a graph's result: not every torch writes code for them that runs."""
+    output = graph.output_node()
+
+    def made(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: made(value) for key, value in item.items()}
+        if not isinstance(item, (list, tuple)):
+            return item
+        items = [made(value) for value in item]
+        if hasattr(item, "_fields"):
+            return graph.call_function(type(item), tuple(items))
+        return items if isinstance(item, list) else tuple(items)
+
+    with graph.inserting_before(output):
+        output.args = (made(output.args[0]),)
+
+
 def erase(node: fx.Node) -> None:
     """Undo an insertion: the users of a call on one value take that value itself."""
     node.replace_all_uses_with(node.all_input_nodes[0])

@@ -25,7 +25,7 @@ from dropsurgery.errors import PlanError, SurgeryError, SurgeryWarning
 from dropsurgery.matching import Found, Match, Pattern, chain, find
 from dropsurgery.recipe import Entry, Recipe
 from dropsurgery.records import Edge, Edit, Site, TensorFact
-from dropsurgery.schedules import Schedule
+from dropsurgery.schedules import Schedule, check_count
 
 ADOPT = "adopt"
 # Under which name stochastic layers keep their rate, the usual ones first.
@@ -171,8 +171,11 @@ def plan(
         steps_per_epoch: needed where a schedule gives epochs.
 
     Raises:
-        PlanError: an entry hits nothing or not what it expects, two entries collide, a rate leaves [0, 1].
+        PlanError: an entry hits nothing or not what it expects, two entries collide, a rate leaves [0, 1], or a
+            length is no count.
     """
+    check_count("total_steps", total_steps)
+    check_count("steps_per_epoch", steps_per_epoch)
     return _Planner(captured, recipe, total_steps, steps_per_epoch).plan()
 
 
@@ -249,16 +252,14 @@ class _Planner:
         if entry.insert == ADOPT:
             module = site.at.node.meta["module"] if site.at else None
             name = str(rate_name(module))
-            p = float(entry.arguments.get("p", getattr(module, name))) * factor
+            p = _scaled(site, name, float(entry.arguments.get("p", getattr(module, name))), factor)
             return Edit(site, ADOPT, type(module).__name__, p, schedule, entry.name, {name: p})
         cls = catalogue.load("regularizers", entry.insert)
         if cls.kind != "insert":
             raise PlanError(f"{entry.insert} is a {cls.kind} regularizer; this version carries out 'insert' only")
         arguments = dict(entry.arguments)
         for name, value in rates_of(cls, arguments).items():
-            if not 0 <= value * factor <= 1:
-                raise PlanError(f"{site.id}: {name} = {value} x {factor:g} is not in [0, 1]; mend `scale`")
-            arguments[name] = value * factor
+            arguments[name] = _scaled(site, name, value, factor)
         p = max(rates_of(cls, arguments).values(), default=0.0)
         return Edit(site, cls.kind, entry.insert, arguments.get("p", p), schedule, entry.name, arguments)
 
@@ -299,8 +300,8 @@ class _Planner:
 
     def _nearest(self, entry: Entry, candidates: Sequence[Site]) -> Iterable[str]:
         """Why an entry hits nothing: the sites that `where` refused, or the places where the pattern almost fits."""
-        edge = f"{entry.pattern or ADOPT}.{entry.edge or 'output'}"
         if candidates:
+            edge = f"{candidates[0].pattern}.{candidates[0].edge.partition('[')[0]}"
             reasons = Counter(entry.where.why_not(site) or "left out by index, every or not_on" for site in candidates)
             yield f"{len(candidates)} sites of {edge}, refused by where: " + ", ".join(
                 f"{reason} ({count}x)" for reason, count in reasons.most_common(5)
@@ -317,6 +318,12 @@ def rates_of(cls: Any, arguments: dict[str, Any]) -> dict[str, float]:
     known = catalogue.arguments(cls)
     rates = {name: arguments.get(name, spec.default) for name, spec in known.items() if _is_rate(name)}
     return {name: float(value) for name, value in rates.items() if value is not inspect.Parameter.empty}
+
+
+def _scaled(site: Site, name: str, value: float, factor: float) -> float:
+    if not 0 <= value * factor <= 1:
+        raise PlanError(f"{site.id}: {name} = {value:g} x {factor:g} is not in [0, 1]; mend `scale`")
+    return value * factor
 
 
 def _is_rate(name: str) -> bool:

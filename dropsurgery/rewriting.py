@@ -82,6 +82,11 @@ def _home(model: nn.Module, calls: Counter[nn.Module], edit: Edit) -> tuple[str,
         leaf = _leaf_at(at, calls)
         if leaf is not None:
             return leaf[0], LocalEdit(OWN, leaf[1], "", edit.site.id)
+    if "forward" in owner.__dict__:  # it would run instead of the generated one
+        raise SurgeryError(
+            f"{edit.site.id}: expected {type(owner).__name__} '{edit.site.owner}' to run its class's forward, got one "
+            "that is set on the instance: leave this site out (`where: {exclude: …}`), or subclass the module"
+        )
     node: fx.Node = at.node.meta["level_node"]
     return edit.site.owner, LocalEdit(local_name(node), at.operand, "", edit.site.id)
 
@@ -100,7 +105,7 @@ def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | No
     module = node.meta.get("module")
     if module is None or calls[module] != 1 or isinstance(module, _NormBase) or operand not in (None, 0):
         return None
-    if node.meta.get("opaque") or not is_leaf(module):
+    if node.meta.get("opaque") or not is_leaf(module) or "forward" in module.__dict__:
         return None
     return node.meta["path"], 0 if operand == 0 else None
 

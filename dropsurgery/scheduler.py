@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .context import Context
 from .errors import PlanError, SurgeryError, SurgeryWarning
-from .schedules import Schedule, needs_total_steps
+from .schedules import Schedule, check_count, needs_total_steps
 
 Clock = Literal["optimizer", "forward", "manual"]
 SILENT_FORWARDS = 50
@@ -57,6 +57,7 @@ class Scheduler:
     """
 
     _owner: weakref.ref[Optimizer] | None
+    _fixed: float | None
 
     def __init__(
         self,
@@ -96,6 +97,16 @@ class Scheduler:
         """Write all rates anew, as they are to be at the current step."""
         self._written.clear()
         self._move_to(self.current_step)
+
+    @property
+    def held(self) -> float | None:
+        """The rate that all regularizers are held at, if they are."""
+        return self._fixed
+
+    def hold(self, rate: float | None) -> None:
+        """Hold all regularizers at `rate` while the clock goes on; None gives them back to their schedules."""
+        self._fixed = rate
+        self.apply()
 
     def step(self) -> None:
         """Move the clock one step by hand; a SurgeryError where something else moves it already."""
@@ -214,7 +225,7 @@ class Scheduler:
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("_owner", "_held", "_other_steps", "_silent_forwards", "_written")
+        passing = ("_owner", "_held", "_other_steps", "_silent_forwards", "_written", "_fixed")
         return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,6 +239,7 @@ class Scheduler:
         self._other_steps = False
         self._silent_forwards = 0
         self._written: dict[Schedule, float] = {}
+        self._fixed = None
         _schedulers.add(self)
         if not _hooks:
             _hooks.append(register_optimizer_step_post_hook(_after_optimizer_step))
@@ -244,7 +256,7 @@ class Scheduler:
             factor = factors[slot.schedule]
             if factor != self._written.get(slot.schedule):
                 for name, target in slot.targets.items():
-                    slot.regularizer.set_rate(name, target * factor)
+                    slot.regularizer.set_rate(name, target * factor if self._fixed is None else self._fixed)
         self._written = factors
 
     def _on_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -307,7 +319,8 @@ def _is_nested(optimizer: Optimizer) -> bool:
     return calls > 1
 
 
-def _check_total_steps(total_steps: object, slots: Sequence[Slot]) -> None:
+def _check_total_steps(total_steps: int | None, slots: Sequence[Slot]) -> None:
+    check_count("total_steps", total_steps)
     if total_steps is None:
         needing = {str(slot.schedule): None for slot in slots if needs_total_steps(slot.schedule)}
         if needing:
@@ -315,8 +328,6 @@ def _check_total_steps(total_steps: object, slots: Sequence[Slot]) -> None:
                 f"total_steps is needed by the schedule {' and '.join(needing)}: give the number of "
                 "optimizer steps of the whole training, apply_recipe(..., total_steps=...)"
             )
-    elif not _is_count(total_steps) or total_steps == 0:
-        raise PlanError(f"total_steps: expected the number of optimizer steps, an int above 0, got {total_steps!r}")
 
 
 def _check_state(state: Mapping[str, Any]) -> None:

@@ -246,6 +246,12 @@ def needs_total_steps(schedule: Schedule) -> bool:
     return schedule.kind != "constant" or schedule.begin > 0
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise a PlanError unless `value`, a number of optimizer steps, is an int above 0 or not known (None)."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise PlanError(f"{name}: expected the number of optimizer steps, an int above 0, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Instant:
     """A moment of the training as a recipe gives it: a fraction of it, or a number of steps or epochs."""

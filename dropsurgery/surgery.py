@@ -29,6 +29,7 @@ from dropsurgery.forwards import SLOTS, Owner
 from dropsurgery.planning import ADOPT, Plan, rates_of
 from dropsurgery.recipe import Recipe
 from dropsurgery.records import Edit
+from dropsurgery.regularizers._base import check_rate
 from dropsurgery.scheduler import Scheduler, Slot
 
 _STATE_VERSION = 1
@@ -158,25 +159,24 @@ class Surgery:
     def active(self, p: float | None = None) -> Iterator[None]:
         """Run the regularizers in train and eval; at rate `p` if given, else at the current one.
 
-        For robustness curves and Monte-Carlo dropout; `p=0.0` silences them.
+        For robustness curves and Monte-Carlo dropout; `p=0.0` silences them. Layers that were adopted get the rate
+        too, and run in training only, as ever.
 
         Raises:
             SurgeryError: p is not in [0, 1].
         """
-        if p is not None and not 0 <= p <= 1:
-            raise SurgeryError(f"active: expected p in [0, 1], got {p!r}")
-        insertions = self._inserted()
-        before = [regularizer.forced for regularizer in insertions]
-        for regularizer in insertions:
-            regularizer.forced = True
-            for name in rates_of(type(regularizer), {}) if p is not None else ():
-                regularizer.set_rate(name, p)
+        outer = self.scheduler.held
+        rate = outer if p is None else check_rate("active: p", p)
+        before = [(regularizer, regularizer.forced) for regularizer in self._inserted()]
         try:
+            for regularizer, _ in before:
+                regularizer.forced = True
+            self.scheduler.hold(rate)
             yield
         finally:
-            for regularizer, forced in zip(insertions, before, strict=True):
+            for regularizer, forced in before:
                 regularizer.forced = forced
-            self.scheduler.apply()
+            self.scheduler.hold(outer)
 
     def audit(self, batch: Any = None) -> Audit:
         """Compare, per site, the rate asked for (at the schedule's end), the expected drop share, and the measured one.
@@ -188,15 +188,14 @@ class Surgery:
         The model runs once in eval mode without gradients; its mode, rates and random state are as before after it.
         """
         model = self._model()
-        inputs = _arguments(batch, model)
-        shapes = self._shapes(model, inputs)
         rows = []
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), self.active():
+        with torch.no_grad(), torch.random.fork_rng(_cuda_devices(model)), self.active():
+            shapes = self._shapes(model, _arguments(batch, model))
             for edit in self.plan.edits:
                 regularizer = self.regularizers.get(edit.site.id)
                 if regularizer is None or edit.site.id not in shapes:
                     continue
-                for name, rate in self._targets(edit).items():
+                for name, rate in self._targets(edit).items() if edit.kind != ADOPT else ():
                     regularizer.set_rate(name, rate)
                 rows.append(_audited(edit, regularizer, *shapes[edit.site.id]))
         return Audit(rows)
@@ -215,7 +214,7 @@ class Surgery:
         modes = {module: module.training for module in model.modules()}
         try:
             model.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), self.active(p=0.0):
+            with self.active(p=0.0):
                 model(*inputs[0], **inputs[1])
         finally:
             for handle in handles:
@@ -257,6 +256,7 @@ class Surgery:
         self.regularizers: dict[str, Any] = {e.site.id: found[e.site.id] for e in self.plan.edits if e.site.id in found}
         for regularizer in self._inserted():
             regularizer.context = self.context
+            regularizer.forced = False  # also in a copy that is made within `active`
 
     def _model(self) -> nn.Module:
         model = self._gm()
@@ -348,6 +348,10 @@ def _arguments(batch: Any, model: nn.Module) -> Any:
         return map_tree((args, kwargs), _noise)
     (inputs,) = resolve_inputs(model, batch)
     return inputs
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
 
 
 def _noise(item: Any) -> Any:

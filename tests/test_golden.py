@@ -23,7 +23,9 @@ def text(recipe: str) -> str:
 
 @pytest.mark.parametrize("recipe", bundled())
 def test_the_diff_is_the_one_kept(recipe: str) -> None:
-    assert text(recipe) == (GOLDEN / f"{recipe}.txt").read_text(encoding="utf-8")
+    kept = GOLDEN / f"{recipe}.txt"
+    assert kept.exists(), "write it by `python tests/test_golden.py`, and read it"
+    assert text(recipe) == kept.read_text(encoding="utf-8")
 
 
 def test_every_kept_diff_has_its_recipe() -> None:

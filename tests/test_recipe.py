@@ -720,7 +720,7 @@ def test_the_longest_entry_name_is_meant() -> None:
             "conv branch.pattern.x=2",
             "overrides['conv branch.pattern.x']: 'pattern' is 'conv_bn_act': there is nothing",
         ),
-        ("conv branch=2", "overrides['conv branch']: no entry 'conv branch'; "),
+        ("conv branch=2", "overrides['conv branch']: expected a value of this entry, such as 'conv branch.with.p'"),
         ("clock=wall", "overrides['clock']: expected 'optimizer', 'forward' or 'manual', got 'wall'"),
         ("version=2", "overrides['version']: no entry 'version'; there are: "),
     ],

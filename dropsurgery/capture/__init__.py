@@ -88,5 +88,5 @@ def refuse_unfit(model: Any) -> None:
 
 
 def _parallel(module: nn.Module) -> bool:
-    kinds = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
+    kinds = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
     return any(cls.__name__ in kinds and cls.__module__.startswith("torch.") for cls in type(module).__mro__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import sys
@@ -19,6 +20,8 @@ from dropsurgery.capture.traced import Traced, TracedSize, Untraceable
 if TYPE_CHECKING:
     from dropsurgery.capture.recorder import Recorder
 
+# What gives as many tensors as a size says.
+_BY_SIZE = frozenset({"unbind", "split", "chunk"})
 # Nodes that the recorder itself makes to unpack containers and shapes; pure, so dropped where nothing uses them.
 _UNPACKING = (operator.getitem, getattr)
 
@@ -36,6 +39,8 @@ class Frame:
         self._attributes: dict[str, Traced] = {}
         self._index_guards: list[tuple[FrameType, int, fx.Node, int]] = []
         self._in_region = False
+        self.failure: Exception | None = None
+        self._containers: list[tuple[str, Any, Any]] = []
 
     # -- guards -----------------------------------------------------------------------------------------------
     def guard(self, node: fx.Node, value: Any, how: str) -> None:
@@ -63,10 +68,43 @@ class Frame:
         self._index_guards = [g for g in self._index_guards if g[:2] != (caller, caller.f_lasti)]
 
     def settle(self) -> None:
-        """The numbers that Python took for itself are guards."""
+        """The numbers that Python took for itself are guards.
+
+        Raises:
+            Untraceable: the forward did what has left no trace in the graph.
+        """
         for _, _, node, value in self._index_guards:
             self.guard(node, value, "the number")
         self._index_guards.clear()
+        if self.failure is not None:
+            raise Untraceable(f"goes on after an error: {self.failure}")
+        for name, container, before in self._containers:
+            if structure(container) != structure(before) and not self._memoized(container, before):
+                raise Untraceable(f"changes what its attribute {name!r} holds")
+
+    def _memoized(self, container: Any, before: Any) -> bool:
+        """Whether a dict only gained tensors that could as well be made anew at each call: no input is in them."""
+        if not isinstance(container, dict) or not before.items() <= container.items():
+            return False
+        gained = [value for key, value in container.items() if key not in before]
+        return all(type(value) is Traced and not _from_input(value._node) for value in gained)
+
+    def undo(self) -> None:
+        """Put the containers back to what they held: stand-ins are of no use to anybody else."""
+        for _, container, before in self._containers:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(before)
+
+    def note_read(self, below: str, name: str, value: Any) -> None:
+        """Note that Python read an attribute that is no tensor; what it holds must stay as it is."""
+        if (below, name) not in self.level.reads and isinstance(value, (list, dict, set)):
+            self._containers.append((name, value, copy.copy(value)))
+        self.level.reads.setdefault((below, name), value)
+
+    def _length_guard(self, node: fx.Node, name: str, value: Any) -> None:
+        """Python unpacks as many tensors as there are: another size may give more or fewer."""
+        if name in _BY_SIZE and not any(isinstance(item, (list, tuple)) for item in node.args[1:]):
+            self.guard(self.graph.call_function(len, (node,)), len(value), "the number of parts")
 
     # -- activation checkpoints ---------------------------------------------------------------------------------
     @contextmanager
@@ -123,10 +161,15 @@ class Frame:
             raise Untraceable(f"calls {target!r}, which a graph cannot name")
         nodes = self.to_nodes((args, kwargs))
         self.recorder.values.drew = False
-        value = compute(*self.to_values((args, kwargs)))
+        try:
+            value = compute(*self.to_values((args, kwargs)))
+        except Exception as error:
+            self.failure = error  # should the forward catch it: it may not be raised at another size
+            raise
         if value is NotImplemented:
             return value
         node = self.graph.create_node(op, target, *nodes)
+        self._length_guard(node, target if op == "call_method" else getattr(target, "__name__", ""), value)
         if self.recorder.values.drew:
             node.meta["random"] = self.level.random = True
         return self.wrap(node, value)
@@ -150,6 +193,8 @@ class Frame:
             items = [self.wrap(self.graph.call_function(operator.getitem, (node, i)), v) for i, v in enumerate(value)]
             if hasattr(value, "_fields"):
                 return type(value)(*items)
+            if type(value).__module__ == "torch.return_types":
+                return type(value)(items)
             return items if isinstance(value, list) else tuple(items)
         if type(value) is dict:
             return {
@@ -199,6 +244,13 @@ def _is_input(node: fx.Node) -> bool:
     return node.op == "placeholder"
 
 
+def _from_input(node: fx.Node) -> bool:
+    """Whether numbers of an input are in a tensor; its sizes do not count."""
+    if not isinstance(node.meta.get("value"), torch.Tensor):
+        return False
+    return node.op == "placeholder" or "random" in node.meta or any(map(_from_input, node.all_input_nodes))
+
+
 def _traceable(target: Any) -> bool:
     """Whether generated code can name a function: it must live in a module, under its own name."""
     if isinstance(target, str):
@@ -238,7 +290,7 @@ def structure(tree: Any) -> Any:
     """A comparable picture of nested containers, the leaves by identity."""
     if isinstance(tree, dict):
         return tuple((key, structure(item)) for key, item in tree.items())
-    if isinstance(tree, (list, tuple)):
+    if isinstance(tree, (list, tuple, set)):
         return tuple(structure(item) for item in tree)
     return id(tree)
 

@@ -24,7 +24,7 @@ from dropsurgery.capture.levels import Component, Leaf, Level, Opaque, describe,
 from dropsurgery.capture.probes import Intercepted, forward_of, make_probe
 from dropsurgery.capture.traced import INPLACE, OPERATORS, Traced, Untraceable
 from dropsurgery.capture.values import Values
-from dropsurgery.capture.watching import watched
+from dropsurgery.capture.watching import draws, same_draws, watched
 from dropsurgery.errors import CaptureError
 from dropsurgery.trees import HOOKS, copy_tree, paths_of
 
@@ -88,17 +88,23 @@ class Recorder(TorchFunctionMode):
             with self.aside():
                 return Leaf(module, path), self.values.of_leaf(module, forward, args, kwargs)
         frame = Frame(self, probe, path)
-        try:
-            return frame.level, self._run_level(frame, forward, args, kwargs)
-        except ModelFailed:
-            raise
-        except Exception as error:
-            return self._run_opaque(probe, path, error, args, kwargs)
+        with same_draws():
+            try:
+                return frame.level, self._run_level(frame, forward, args, kwargs)
+            except ModelFailed:
+                raise
+            except (Exception, Untraceable) as error:
+                failed = error
+            finally:
+                frame.undo()
+        with same_draws():
+            return self._run_opaque(probe, path, failed, args, kwargs)
 
     def _run_level(self, frame: Frame, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame.level.inputs = (args, kwargs)
         traced_args, traced_kwargs = placeholders(frame, forward, args, kwargs)
         before = structure((traced_args, traced_kwargs))
+        drawn = draws()
         self.frames.append(frame)
         try:
             with self:
@@ -106,6 +112,8 @@ class Recorder(TorchFunctionMode):
         finally:
             self.frames.pop()
         frame.settle()
+        if draws() != drawn:
+            raise Untraceable("draws random numbers that are not torch's")
         if structure((traced_args, traced_kwargs)) != before:
             raise Untraceable("changes a list or dict that was given to it")
         frame.graph.output(frame.to_nodes(result))
@@ -114,7 +122,7 @@ class Recorder(TorchFunctionMode):
         return frame.level.output
 
     def _run_opaque(
-        self, probe: nn.Module, path: str, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, probe: nn.Module, path: str, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Opaque, Any]:
         opaque = Opaque(self.original[probe], path, f"{type(error).__name__}: {error}")
         for module in probe.modules():  # it may write to them
@@ -127,7 +135,7 @@ class Recorder(TorchFunctionMode):
                 value = forward_of(probe)(*args, **kwargs)
         except ModelFailed:
             raise
-        except Exception as failure:
+        except (Exception, Untraceable) as failure:
             raise ModelFailed(path) from failure
         finally:
             self.frames = frames
@@ -163,7 +171,7 @@ class Recorder(TorchFunctionMode):
             return frame.attribute(value, probe, name)
         if not isinstance(value, Traced):
             below = _below(self._paths[probe], frame.path) if probe is not frame.probe else ""
-            frame.level.reads.setdefault((below, name), value)
+            frame.note_read(below, name, value)
         return value
 
     def writes(self, name: str, value: Any) -> bool:
@@ -184,6 +192,8 @@ class Recorder(TorchFunctionMode):
         frame = self.frames[-1]
         frame._parsed(sys._getframe(1))
         name = getattr(func, "__name__", "")
+        if func is torch._C._set_grad_enabled:
+            raise Untraceable("switches the recording of gradients")
         if name == "__get__":  # a property of a tensor that this forward made or holds for itself
             with torch._C.DisableTorchFunction():
                 return func(*args)
@@ -216,7 +226,7 @@ def record(
     Raises:
         CaptureError: the model's own forward raises on these inputs; its error is the cause.
     """
-    with _LOCK:
+    with _LOCK, torch.random.fork_rng(devices=[]):
         recorder = Recorder(root, training)
         probe = recorder.root.get_submodule(path)
         faked = recorder.fake((args, kwargs))
@@ -225,7 +235,8 @@ def record(
                 call: Level | Opaque | Leaf = recorder.record_call(probe, *faked)[0]
                 return call
         except ModelFailed as failure:
+            where = f", in '{failure}'" if str(failure) else ""
             raise CaptureError(
-                f"the model's forward raises on the example input {describe(args, kwargs)}, in "
-                f"'{failure}': {failure.__cause__!r}. Give `example_inputs` that the model accepts."
+                f"the model's forward raises on the example input {describe(args, kwargs)}{where}: "
+                f"{failure.__cause__!r}. Give `example_inputs` that the model accepts."
             ) from failure.__cause__

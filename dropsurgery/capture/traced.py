@@ -22,14 +22,19 @@ if TYPE_CHECKING:
     from dropsurgery.capture.frame import Frame
 
 
-class Untraceable(Exception):
-    """A forward does something that no graph of its own can say; the module that owns it stays as it is."""
+class Untraceable(BaseException):
+    """A forward does something that no graph of its own can say; the module that owns it stays as it is.
+
+    No `Exception`, so that a forward's own `except` does not take it for an error of its own.
+    """
 
 
 # Read off the value, and the same for every input of the same rank and kind.
 _STRUCTURE = frozenset({"ndim", "is_sparse", "is_quantized", "is_nested", "names", "layout", "is_mkldnn"})
 # Read off the value, but another input may have another: a guard.
-_GUARDED = frozenset({"dtype", "device", "requires_grad", "itemsize", "is_cuda", "is_meta", "is_cpu", "is_mps", "is_xpu"})
+_GUARDED = frozenset(
+    {"dtype", "device", "requires_grad", "itemsize", "is_cuda", "is_meta", "is_cpu", "is_mps", "is_xpu"}
+)
 # Methods whose Python answer may differ between inputs of the same rank.
 _GUARDED_CALLS = frozenset({"is_contiguous", "is_floating_point", "is_complex", "get_device", "type", "stride"})
 _DATA = frozenset({"item", "tolist", "numpy", "cpu_numpy", "__array__", "nonzero", "is_nonzero"})

@@ -6,6 +6,7 @@ microseconds an op, so the layers that nearly all models are made of have rules 
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+# Where torch prints a traceback of every op that refuses its fake input, before it raises.
+_torch_log = logging.getLogger("torch._subclasses.fake_tensor")
 # Layers whose output has the shape and dtype of their input, subclasses included.
 _SAME_SHAPE = (_NormBase, _DropoutNd, nn.LayerNorm, nn.GroupNorm, nn.Identity)
 # Elementwise layers, by the class that defines their forward.
@@ -82,7 +85,12 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.drew = True
-        return super().dispatch(func, types, args, kwargs)
+        before = _torch_log.disabled
+        _torch_log.disabled = True  # a refused input is told by the error alone
+        try:
+            return super().dispatch(func, types, args, kwargs)
+        finally:
+            _torch_log.disabled = before
 
     def like(self, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """A fake tensor of the same dtype and device, of the same or of another shape."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +31,7 @@ _QUESTIONS = ("is_autocast_enabled", "get_autocast_dtype", "is_grad_enabled", "i
 _UNSAYABLE: tuple[tuple[Any, str], ...] = (
     (torch.autocast, "__enter__"),
     (torch.inference_mode, "__enter__"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
     (torch, "manual_seed"),
     (torch, "get_rng_state"),
     (torch, "set_rng_state"),
@@ -115,3 +118,23 @@ def watched(recorder: Recorder) -> Iterator[None]:
         ):
             patches.enter_context(mock.patch.object(place, name, made))
         yield
+
+
+def draws() -> Any:
+    """How far the random numbers are drawn that are not torch's: Python's own, and NumPy's where it is loaded."""
+    numpy = sys.modules.get("numpy.random")
+    _, keys, *rest = numpy.get_state() if numpy else ((), b"")
+    return random.getstate(), bytes(keys), rest
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Put these random numbers back to where they were."""
+    numpy = sys.modules.get("numpy.random")
+    state, other = random.getstate(), numpy.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.set_state(other)

@@ -180,6 +180,9 @@ class _Loader:
                     self.problems.add(value.place, "no entry takes this from the defaults; override the entries")
                 continue
             names = [name for name in self.entries if key.startswith(f"{name}.")]
+            if key in self.entries:
+                self.problems.add(value.place, f"expected a value of this entry, such as {shown(key + '.with.p')}")
+                continue
             if not names:
                 known = [*self.entries, "defaults", "clock"]
                 text = _KEY_FIELD.split(key, maxsplit=1)[0]

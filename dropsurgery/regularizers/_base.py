@@ -108,5 +108,7 @@ class Regularizer(nn.Module):
         before = {name: self.get_buffer(name) for name in self._rates}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, rate in before.items():
-            self._buffers[name] = rate.to(self.get_buffer(name).device)
+            device = self.get_buffer(name).device
+            known = torch.tensor(self._rates[name], device=device) if rate.is_meta else rate.to(device)
+            self._buffers[name] = known
         return self

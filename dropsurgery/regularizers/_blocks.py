@@ -158,11 +158,17 @@ def _scaled(x: Tensor, draw: Draw, rescale: float | None) -> tuple[Tensor, float
     return y, rescale
 
 
-@torch.library.custom_op("dropsurgery::drop_blocks", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def fresh_key() -> Tensor:
+    """Draw a key from torch's global generator."""
+    # By an operator of torch's own, which compilers know to be random: no two of its calls are merged into one.
+    return torch.randint(1 << 53, (), device=CPU)  # what a float64 holds
+
+
+@torch.library.custom_op("dropsurgery::drop_blocks", mutates_args=())
 def drop_blocks(
     x: Tensor,
     p: Tensor,
-    key: Tensor | None,
+    key: Tensor,
     block: Sequence[int],
     share_channels: bool,
     exact: bool,
@@ -171,14 +177,13 @@ def drop_blocks(
     """Drop blocks of `x` (B, C, H, W) on the CPU; see `dropblock.drop_block` for the arguments.
 
     Rescale by what was kept if `counted`, else by 1 / (1 - p). Return the result, and what repeats the draw:
-    float64 (key, gamma, scale). Without `key`, one is drawn from torch's global generator.
+    float64 (key, gamma, scale).
     """
-    seed = torch.empty((), dtype=torch.float64, device=CPU).random_() if key is None else key
     rate = float(p)
     gamma = seed_probability(rate, x.shape[2:], block, exact) if x.numel() else 0.0
     rescale = None if counted else 1 / (1 - rate) if rate < 1 else 0.0
-    y, scale = _scaled(x, _draw(x, block, share_channels, gamma, int(seed)), rescale)
-    return y, torch.tensor([float(seed), gamma, scale], dtype=torch.float64, device=CPU)
+    y, scale = _scaled(x, _draw(x, block, share_channels, gamma, int(key)), rescale)
+    return y, torch.tensor([float(key), gamma, scale], dtype=torch.float64, device=CPU)
 
 
 @torch.library.custom_op("dropsurgery::repeat_drop_blocks", mutates_args=())
@@ -192,7 +197,7 @@ def repeat_drop_blocks(x: Tensor, record: Tensor, block: Sequence[int], share_ch
 def _(
     x: Tensor,
     p: Tensor,
-    key: Tensor | None,
+    key: Tensor,
     block: Sequence[int],
     share_channels: bool,
     exact: bool,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._blocks import drop_blocks
+from dropsurgery.regularizers._blocks import drop_blocks, fresh_key
 from dropsurgery.regularizers._coverage import (
     exact_probability,
     expected_share,
@@ -65,7 +65,7 @@ def drop_block(
     exact = gamma == "exact"
     y: Tensor
     if x.device.type == "cpu":
-        y = drop_blocks(maps, rate, key, block, share_channels, exact, True)[0]
+        y = drop_blocks(maps, rate, fresh_key() if key is None else key, block, share_channels, exact, True)[0]
     else:
         y = _drop_block(maps, rate, key, block, share_channels, exact)
     return y if channel_axis in (1, -3) else y.movedim(1, channel_axis)

@@ -124,6 +124,8 @@ def test_optional_arguments_and_structured_results(example: Any) -> None:
     ):
         checks.check_outputs(model, gm, call)
         assert type(call(gm)) is nets.Result
+    flat = gm.surgery.flatten()
+    assert type(flat(**example) if isinstance(example, dict) else flat(example)) is nets.Result
 
 
 def test_lists_of_any_length() -> None:

@@ -11,6 +11,8 @@ import timm
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dropsurgery import CaptureError, PlanError, RecipeError, SurgeryError, apply_recipe, plan_recipe, strip
@@ -101,6 +103,12 @@ def test_a_model_wrapped_for_distributed_training(process_group: None) -> None:
     model = DistributedDataParallel(fresh("vit"))
     with checks.check_untouched(model), pytest.raises(CaptureError, match="DistributedDataParallel"):
         apply_recipe(model, recipe(), example_inputs=images("vit"))
+
+
+def test_a_sharded_model(process_group: None) -> None:
+    model = fully_shard(fresh("resnet"), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(CaptureError, match="wrapped for parallel training"):
+        apply_recipe(model, recipe(), example_inputs=images("resnet"))
 
 
 def test_a_rewritten_model_is_not_rewritten_again() -> None:

@@ -391,6 +391,13 @@ def test_compiled_is_eager_in_every_size_and_layout(dynamic: bool | None) -> Non
         assert torch.allclose(eager.conv.weight.grad, twin.conv.weight.grad, rtol=1e-4)
 
 
+def test_compiled_calls_do_not_share_their_blocks() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(TwoOnOneInput(seed=None), fullgraph=True, backend="aot_eager")
+    first, second, _ = compiled(torch.randn(2, 3, 9, 9))
+    assert not torch.equal(first == 0, second == 0)
+
+
 @pytest.mark.parametrize("seed", [None, 4])
 def test_compiled_checkpointing_meets_the_same_blocks(seed: int | None) -> None:
     torch._dynamo.reset()
