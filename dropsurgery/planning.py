@@ -294,7 +294,7 @@ class _Planner:
             self.notes.append(f"'{entry.name}' hits nothing (optional){missed}")
         elif not entry.expect.holds(count) and not any(line.startswith(where) for line in self.problems):
             merged = sum(note.startswith("merged") and f"of '{entry.name}' is" in note for note in self.notes)
-            also = f" ({merged} merged into earlier entries)" if merged else ""
+            also = f" ({merged} merged into earlier entries; `expect: any` accepts that)" if merged else ""
             near = f"; nearest:{missed}" if missed else ""
             self.problems.append(f"{where}: expected {entry.expect} sites, hit {count}{also}{near}")
 

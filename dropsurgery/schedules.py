@@ -247,8 +247,9 @@ def needs_total_steps(schedule: Schedule) -> bool:
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise a PlanError unless `value`, a number of optimizer steps, is an int above 0 or not known (None)."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+    """Raise a PlanError unless `value`, a number of optimizer steps, is an integer above 0 or not known (None)."""
+    integral = hasattr(value, "__index__") and not isinstance(value, bool)  # NumPy's integers are some too
+    if value is not None and (not integral or value < 1):  # type: ignore[operator]
         raise PlanError(f"{name}: expected the number of optimizer steps, an int above 0, got {value!r}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from dropsurgery.capture.levels import map_tree
 from dropsurgery.context import Context
 from dropsurgery.diffing import diff
 from dropsurgery.emission import OwnHook, drop_own_hooks, example_of
-from dropsurgery.errors import SurgeryError
+from dropsurgery.errors import SurgeryError, SurgeryWarning
 from dropsurgery.flattening import flatten
 from dropsurgery.forwards import SLOTS, Owner
 from dropsurgery.planning import ADOPT, Plan, rates_of
@@ -135,7 +136,7 @@ class Surgery:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up where `state_dict` was taken.
+        """Take up where `state_dict` was taken; a SurgeryWarning where that was under another recipe.
 
         Raises:
             SurgeryError: not such a state, or one with sites that this model does not have; nothing is changed.
@@ -149,6 +150,13 @@ class Surgery:
         if unknown:
             raise SurgeryError(
                 f"load_state_dict: this model has no site {', '.join(unknown[:3])}; same recipe and model?"
+            )
+        if state.get("recipe") != self.recipe.name:
+            warnings.warn(
+                f"load_state_dict: this state was saved under the recipe {state.get('recipe')!r}, and this model has "
+                f"{self.recipe.name!r}: the step is taken over, the rates are this recipe's",
+                SurgeryWarning,
+                stacklevel=2,
             )
         self.scheduler.load_state_dict(state["scheduler"])
         for site, own in state["regularizers"].items():

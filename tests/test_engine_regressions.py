@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dropsurgery import SurgeryError, apply_recipe, find_sites
+from dropsurgery.capture import Level, record
 from tests.laws import checks, nets
 from tests.laws.models import STEPS, everywhere
 
@@ -183,7 +184,9 @@ def test_it_computes_what_the_model_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", {**OPAQUE, **GUARDED, **PLAIN})
 def test_only_what_no_graph_can_say_is_out_of_reach(name: str) -> None:
-    sites = find_sites(Net({**OPAQUE, **GUARDED, **PLAIN}[name]), "conv_bn_act", example_inputs=image())
+    model = Net({**OPAQUE, **GUARDED, **PLAIN}[name])
+    assert isinstance(record(model, (image(),), {}), Level)
+    sites = find_sites(model, "conv_bn_act", example_inputs=image())
     assert "block.inner" in {site.id.partition("#")[0].rpartition(".")[0] for site in sites}
     assert any(site.module.startswith("block.act") for site in sites) is (name not in OPAQUE)
 

@@ -167,7 +167,9 @@ def test_equal_edits_on_one_edge_are_one(resnet18: nn.Module) -> None:
     assert plan.hits == {"one": 8, "two": 0}
     assert all(edit.merged for edit in plan.edits)
     assert sum(note.startswith("merged:") for note in plan.notes) == 8
-    with pytest.raises(PlanError, match=r"'two': expected >=1 sites, hit 0 \(8 merged into earlier entries\)"):
+    with pytest.raises(
+        PlanError, match=r"'two': expected >=1 sites, hit 0 \(8 merged into earlier entries; `expect: any`"
+    ):
         plan_recipe(resnet18, recipe({}, {"name": "two"}))
 
 

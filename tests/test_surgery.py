@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor
 
-from dropsurgery import SurgeryError, apply_recipe, get_regularizer
+from dropsurgery import SurgeryError, SurgeryWarning, apply_recipe, get_regularizer
 from tests.laws.models import fresh, images
 
 ENTRY = {"name": "one", "pattern": "residual_add", "edge": "output", "insert": "dropout", "with": {"p": 0.25}}
@@ -172,3 +172,11 @@ def test_a_model_without_memory_gets_its_rates_with_its_memory() -> None:
 def test_print_diff(gm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     gm.surgery.print_diff()
     assert "edits: 8" in capsys.readouterr().out
+
+
+def test_the_state_of_another_recipe_warns() -> None:
+    model = timm.create_model("resnet18", num_classes=2)
+    state = apply_recipe(model, "dropblock_resnet_g4", total_steps=4).surgery.state_dict()
+    other = apply_recipe(model, "dropblock_resnet_g34", total_steps=4)
+    with pytest.warns(SurgeryWarning, match="dropblock_resnet_g4"):
+        other.surgery.load_state_dict(state)

@@ -125,10 +125,10 @@ class Recorder(TorchFunctionMode):
         self, probe: nn.Module, path: str, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Opaque, Any]:
         opaque = Opaque(self.original[probe], path, f"{type(error).__name__}: {error}")
+        frames, self.frames = self.frames, []
         for module in probe.modules():  # it may write to them
             for tensors in (module._parameters, module._buffers):
                 tensors.update(self.fake(dict(tensors)))
-        frames, self.frames = self.frames, []
         self._opaque.append(opaque)
         try:
             with torch.no_grad(), self.values:

@@ -47,7 +47,7 @@ def drop_block(
 
     Args:
         x: (B, C, H, W), or (B, H, W, C) with `channel_axis` -1; of any floating dtype and memory layout.
-        p: drop rate in [0, 1]; as a 0-dim tensor it may move without a compiled model being compiled again.
+        p: share to drop, in [0, 1]; as a 0-dim tensor it may move without a compiled model being compiled again.
         block_size: cells along an axis; cut down to each dimension of the map (`clamp` "dimension") or to the
             smaller one ("square", as torchvision has it).
         share_channels: one mask for all channels of a sample.
