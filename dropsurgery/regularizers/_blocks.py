@@ -2,22 +2,25 @@
 
 Few seeds (the usual case) are drawn as the gaps between them, and each block is zeroed where it lies,
 through an overlapping view whose first dimension is where a block starts. Many seeds are drawn as words, and
-spread by doubling a byte mask. Backward draws the same seeds once more from 24 bytes, so that no mask is
-kept.
+spread by doubling a byte mask. No mask is kept for backward: a compiled graph draws the same seeds once more
+from 24 bytes, and eager mode, which can keep tensors of any size, keeps the few seeds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dropsurgery.regularizers._coverage import seed_probability
 
+Scaled = tuple[Tensor, float, "Blocks | Tensor | None"]
+_PLAIN = (Tensor, torch.nn.Parameter)
 CPU = torch.device("cpu")  # said at each tensor made here: the user may have set another default
 _ROWS = 255  # as many bytes of 0 or 1 as a byte can add up
 
@@ -86,21 +89,48 @@ class Draw:
         _spread_(mask.view(-1), self.size[1], self.block[0])
         return mask
 
-    def count(self, seeds: Tensor) -> int:
-        """How many cells the blocks of `seeds` cover; a cell under two blocks counts once."""
-        mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8, device=CPU)
-        self.fill_(mask, seeds, 1)
-        return count_ones(mask)
+    def count(self, blocks: Blocks) -> int:
+        """How many cells the blocks cover; a cell under two of them counts once."""
+        positions = self.region[2] * self.region[3]
+        maps = torch.div(blocks.seeds, positions, rounding_mode="floor")
+        again = maps[1:] == maps[:-1]
+        first = torch.ones_like(maps, dtype=torch.bool)  # of its map
+        first[1:] = ~again
+        crowded = ~first
+        crowded[:-1] |= again
+        alone = len(maps) - int(crowded.view(torch.uint8).sum())
+        # Only where a map has several can they overlap: those maps alone are marked, one after the other.
+        numbers = first[crowded].cumsum(0) - 1
+        few = replace(self, maps=(int(numbers[-1]) + 1 if len(numbers) else 0, 1))
+        mask = torch.zeros(*few.maps, *self.size, dtype=torch.uint8, device=CPU)
+        few.fill_(mask, Blocks(blocks.seeds[crowded] % positions + numbers * positions), 1)
+        return alone * math.prod(self.block) + int(mask.sum())
 
-    def fill_(self, x: Tensor, seeds: Tensor, value: int) -> None:
-        """Write `value` into the blocks of `seeds` in `x` (B, C, H, W): fresh and dense."""
+    def fill_(self, x: Tensor, blocks: Blocks, value: int) -> None:
+        """Write `value` into the blocks in `x` (B, C, H, W): fresh and dense."""
+        if not len(blocks.seeds):
+            return
         channel, down, right = x.stride()[1:]
-        copies, width = x.shape[1] if self.maps[1] == 1 else 1, self.block[1]
-        starts = _offsets(seeds, self.region, x.stride())
-        for row in range(self.block[0]):  # faster than kh x kw cells at once
-            room = x.numel() - (copies - 1) * channel - (width - 1) * right - row * down
-            rows = x.as_strided((room, copies, width), (1, channel, right), row * down)
-            rows.index_fill_(0, starts, value)
+        copies, (height, width) = x.shape[1] if self.maps[1] == 1 else 1, self.block
+        room = x.numel() - (copies - 1) * channel - (height - 1) * down - (width - 1) * right
+        # Seen from where a block may start: all of its cells in all of its channels.
+        windows = x.as_strided((room, copies, height, width), (1, channel, down, right))
+        windows.index_fill_(0, blocks.starts(self.region, x.stride()), value)
+
+
+class Blocks:
+    """The seeds of a sparse draw, and where they lie in memory, which forward, count and backward mostly share."""
+
+    def __init__(self, seeds: Tensor) -> None:
+        self.seeds = seeds
+        self._strides: Sequence[int] | None = None
+        self._starts = seeds
+
+    def starts(self, region: Sequence[int], strides: Sequence[int]) -> Tensor:
+        """Where the blocks begin in an array of these strides."""
+        if strides != self._strides:
+            self._strides, self._starts = strides, _offsets(self.seeds, region, strides)
+        return self._starts
 
 
 def _offsets(flat: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
@@ -140,22 +170,27 @@ def _draw(x: Tensor, block: Sequence[int], share_channels: bool, gamma: float, k
     return Draw((batch, 1 if share_channels else channels), (height, width), (block[0], block[1]), gamma, key)
 
 
-def _scaled(x: Tensor, draw: Draw, rescale: float | None) -> tuple[Tensor, float]:
-    """Return the draw carried out on `x`, and its scale: `rescale`, or by None cells / kept cells."""
-    if x.numel() == 0:
-        return x.clone(), 1.0
+def _marks(x: Tensor, draw: Draw) -> Blocks | Tensor:
+    """The draw as blocks or as a mask of bytes, whichever costs less on `x`."""
     sparse = draw.is_sparse(x.shape[1] if draw.maps[1] == 1 else 1)
-    marks = draw.seeds() if sparse else draw.mask()
+    return Blocks(draw.seeds()) if sparse else draw.mask()
+
+
+def _scaled(x: Tensor, draw: Draw, rescale: float | None, marks: Blocks | Tensor | None = None) -> Scaled:
+    """Return the draw carried out on `x`, its scale (`rescale`, or by None cells / kept cells), and its marks."""
+    if x.numel() == 0:
+        return x.clone(), 1.0, None
+    marks = _marks(x, draw) if marks is None else marks
     if rescale is None:
-        cells = draw.cells if sparse else marks.numel()
-        kept = cells - (draw.count(marks) if sparse else count_ones(marks))
+        cells = draw.cells if isinstance(marks, Blocks) else marks.numel()
+        kept = cells - (draw.count(marks) if isinstance(marks, Blocks) else count_ones(marks))
         rescale = cells / kept if kept else 0.0
     y = x * rescale
-    if sparse:
+    if isinstance(marks, Blocks):
         draw.fill_(y, marks, 0)
     else:
         y *= marks ^ 1  # bytes: a bool mask takes three times as long
-    return y, rescale
+    return y, rescale, marks
 
 
 def fresh_key() -> Tensor:
@@ -179,11 +214,19 @@ def drop_blocks(
     Rescale by what was kept if `counted`, else by 1 / (1 - p). Return the result, and what repeats the draw:
     float64 (key, gamma, scale).
     """
+    draw, rescale = _planned(x, p, key, block, share_channels, exact, counted)
+    y, scale, _ = _scaled(x, draw, rescale)
+    return y, torch.tensor([float(key), draw.gamma, scale], dtype=torch.float64, device=CPU)
+
+
+def _planned(
+    x: Tensor, p: Tensor, key: Tensor, block: Sequence[int], share_channels: bool, exact: bool, counted: bool
+) -> tuple[Draw, float | None]:
+    """What to draw, and the scale where it is known before."""
     rate = float(p)
     gamma = seed_probability(rate, x.shape[2:], block, exact) if x.numel() else 0.0
     rescale = None if counted else 1 / (1 - rate) if rate < 1 else 0.0
-    y, scale = _scaled(x, _draw(x, block, share_channels, gamma, int(key)), rescale)
-    return y, torch.tensor([float(key), gamma, scale], dtype=torch.float64, device=CPU)
+    return _draw(x, block, share_channels, gamma, int(key)), rescale
 
 
 @torch.library.custom_op("dropsurgery::repeat_drop_blocks", mutates_args=())
@@ -191,6 +234,36 @@ def repeat_drop_blocks(x: Tensor, record: Tensor, block: Sequence[int], share_ch
     """Carry out once more, on `x` of the same shape, the draw that left this `record`."""
     key, gamma, scale = record.tolist()
     return _scaled(x, _draw(x, block, share_channels, gamma, int(key)), scale)[0]
+
+
+class _Eager(torch.autograd.Function):
+    """What the operators do, without their cost a call, and with the seeds kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, draw: Draw, rescale: float | None, marks: Blocks | None) -> Tensor:
+        y, scale, marks_now = _scaled(x, draw, rescale, marks)
+        ctx.draw, ctx.scale = draw, scale
+        if isinstance(marks_now, Blocks):  # a mask would be a byte a cell: drawn anew
+            ctx.save_for_backward(marks_now.seeds)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # asked for once only: activation checkpoints demand it
+        marks = Blocks(*saved) if saved else None
+        return _Eager.apply(grad, ctx.draw, ctx.scale, marks), None, None, None
+
+
+def run(
+    x: Tensor, p: Tensor, key: Tensor | None, block: Sequence[int], share_channels: bool, exact: bool, counted: bool
+) -> Tensor:
+    """Drop blocks of `x` on the CPU: by the operator where something traces, else directly."""
+    key = fresh_key() if key is None else key
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or _get_current_dispatch_mode() is not None:
+        y: Tensor = drop_blocks(x, p, key, block, share_channels, exact, counted)[0]
+        return y
+    direct: Tensor = _Eager.apply(x, *_planned(x, p, key, block, share_channels, exact, counted), None)
+    return direct
 
 
 @drop_blocks.register_fake

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._blocks import drop_blocks, fresh_key
+from dropsurgery.regularizers._blocks import run
 from dropsurgery.regularizers._coverage import (
     exact_probability,
     expected_share,
@@ -63,9 +63,8 @@ def drop_block(
     maps = x if channel_axis in (1, -3) else x.movedim(channel_axis, 1)
     block = _block(maps.shape[2:], block_size, clamp)
     exact = gamma == "exact"
-    y: Tensor
     if x.device.type == "cpu":
-        y = drop_blocks(maps, rate, fresh_key() if key is None else key, block, share_channels, exact, True)[0]
+        y = run(maps, rate, key, block, share_channels, exact, True)
     else:
         y = _drop_block(maps, rate, key, block, share_channels, exact)
     return y if channel_axis in (1, -3) else y.movedim(1, channel_axis)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor
-from dropsurgery.regularizers._blocks import drop_blocks, fresh_key
+from dropsurgery.regularizers._blocks import run
 from dropsurgery.regularizers._uniform import keep_scale
 
 
@@ -24,8 +24,7 @@ def dropout(x: Tensor, p: float | Tensor, *, key: Tensor | None = None) -> Tenso
     if x.device.type != "cpu":
         return x * keep_scale(x.shape, rate, x, key)
     maps = x if x.dim() == 4 else x.reshape(1, 1, 1, -1)
-    y: Tensor = drop_blocks(maps, rate, fresh_key() if key is None else key, [1, 1], False, False, False)[0]
-    return y.view(x.shape)
+    return run(maps, rate, key, [1, 1], False, False, False).view(x.shape)
 
 
 class Dropout(Regularizer):

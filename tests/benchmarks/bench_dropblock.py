@@ -8,14 +8,10 @@ faster than F.dropout. A bound that is missed is tried again, for the machine ma
 from __future__ import annotations
 
 import ctypes
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-
-# Before torch is loaded: threads that spin while they wait steal the time of the others.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
