@@ -46,78 +46,96 @@ _BY_SIZE = ("zeros", "ones", "empty", "rand", "randn")
 @contextmanager
 def watched(recorder: Recorder) -> Iterator[None]:
     """While recording, mark checkpointed regions and note what Python asks torch for."""
+    watch = _Watch(recorder)
     home = torch.utils.checkpoint
-    thread = threading.get_ident()
-
-    def frame() -> Frame | None:
-        mine = threading.get_ident() == thread and recorder.frames and not recorder.values.running
-        return recorder.frames[-1] if mine else None
-
-    def ask(question: Callable[..., bool]) -> Callable[..., bool]:
-        def answer(*args: Any) -> bool:
-            asked = frame()
-            if asked:
-                asked.environment_guard(question, args, question(*args))
-            return question(*args)
-
-        return answer
-
-    reentrant, plain = home.CheckpointFunction, getattr(home, _GENERATOR)
-    apply_of = inspect.getattr_static(torch.autograd.Function, "apply")
-
-    class Reentrant:
-        @staticmethod
-        def apply(function: Any, preserve: bool, *args: Any) -> Any:
-            asked = frame()
-            rerun = functools.partial(home.checkpoint, use_reentrant=True, preserve_rng_state=preserve)
-            if asked is None:
-                return reentrant.apply(function, preserve, *args)
-            with asked.region(rerun):
-                return function(*args)
-
-    def generator(*args: Any, **kwargs: Any) -> Any:
-        asked = frame()
-        if asked is None:
-            yield from plain(*args, **kwargs)
-            return
-        given = inspect.signature(plain).bind(*args, **kwargs).arguments
-        options = {name: given[name] for name in _OPTIONS if name in given}
-        with asked.region(functools.partial(home.checkpoint, use_reentrant=False, **options)):
-            yield
-
-    def refused(place: Any, name: str) -> Any:
-        function = getattr(place, name)
-
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            if frame():
-                raise Untraceable(f"uses {place.__name__}.{name}, which no graph can say")
-            return function(*args, **kwargs)
-
-        return refuse
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if frame():
-            raise Untraceable(f"uses {cls.__name__}.apply, which no graph can say")
-        return apply_of.__get__(None, cls)(*args, **kwargs)
-
-    def packed(factory: Callable[..., Any]) -> Callable[..., Any]:
-        def make(*sizes: Any, **options: Any) -> Any:
-            listed = frame() and any(isinstance(size, Traced) for size in sizes)
-            return factory(sizes, **options) if listed else factory(*sizes, **options)
-
-        return make
-
     with ExitStack() as patches:
         for place, name, made in (
-            (home, "CheckpointFunction", Reentrant),
-            (home, _GENERATOR, generator),
-            (torch.autograd.Function, "apply", classmethod(apply)),
-            *((torch, name, ask(getattr(torch, name))) for name in _QUESTIONS),
-            *((place, name, refused(place, name)) for place, name in _UNSAYABLE),
-            *((torch, name, packed(getattr(torch, name))) for name in _BY_SIZE),
+            (home, "CheckpointFunction", watch.reentrant(home.CheckpointFunction)),
+            (home, _GENERATOR, watch.generator(getattr(home, _GENERATOR))),
+            (torch.autograd.Function, "apply", watch.apply()),
+            *((torch, name, watch.question(getattr(torch, name))) for name in _QUESTIONS),
+            *((place, name, watch.unsayable(place, name)) for place, name in _UNSAYABLE),
+            *((torch, name, watch.by_size(getattr(torch, name))) for name in _BY_SIZE),
         ):
             patches.enter_context(mock.patch.object(place, name, made))
         yield
+
+
+class _Watch:
+    """What stands in for functions of torch while one thread records; all others get the real ones."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.thread = threading.get_ident()
+
+    def frame(self) -> Frame | None:
+        """The forward under recording, if it is the one that asks."""
+        recorder = self.recorder
+        mine = threading.get_ident() == self.thread and recorder.frames and not recorder.values.running
+        return recorder.frames[-1] if mine else None
+
+    def question(self, real: Callable[..., bool]) -> Callable[..., bool]:
+        def ask(*args: Any) -> bool:
+            answer = real(*args)
+            if frame := self.frame():
+                frame.environment_guard(real, args, answer)
+            return answer
+
+        return ask
+
+    def reentrant(self, real: Any) -> Any:
+        def apply(function: Any, preserve: bool, *args: Any) -> Any:
+            frame = self.frame()
+            if frame is None:
+                return real.apply(function, preserve, *args)
+            home = torch.utils.checkpoint
+            with frame.region(functools.partial(home.checkpoint, use_reentrant=True, preserve_rng_state=preserve)):
+                return function(*args)
+
+        return type("CheckpointFunction", (), {"apply": staticmethod(apply)})
+
+    def generator(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def region(*args: Any, **kwargs: Any) -> Any:
+            frame = self.frame()
+            if frame is None:
+                yield from real(*args, **kwargs)
+                return
+            given = inspect.signature(real).bind(*args, **kwargs).arguments
+            options = {name: given[name] for name in _OPTIONS if name in given}
+            with frame.region(functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, **options)):
+                yield
+
+        return region
+
+    def apply(self) -> Any:
+        real = inspect.getattr_static(torch.autograd.Function, "apply")
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            self.refuse(f"{cls.__name__}.apply")
+            return real.__get__(None, cls)(*args, **kwargs)
+
+        return classmethod(apply)
+
+    def unsayable(self, place: Any, name: str) -> Any:
+        real = getattr(place, name)
+
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            self.refuse(f"{place.__name__}.{name}")
+            return real(*args, **kwargs)
+
+        return refused
+
+    def refuse(self, what: str) -> None:
+        """Raise where a forward under recording does what no graph can say."""
+        if self.frame():
+            raise Untraceable(f"uses {what}, which no graph can say")
+
+    def by_size(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*sizes: Any, **options: Any) -> Any:
+            listed = self.frame() and any(isinstance(size, Traced) for size in sizes)
+            return real(sizes, **options) if listed else real(*sizes, **options)
+
+        return make
 
 
 def draws() -> Any:
