@@ -61,7 +61,8 @@ def apply_recipe(
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with torch.inference_mode(False), device:  # rates are written later, wherever this was called
         gm = rewrite(captured, plan.edits, lambda edit: _build(edit).to(device))
-        gm.__dict__["surgery"] = Surgery(gm, plan.detached(), Context(seed))
+        captured.view.release()
+    gm.__dict__["surgery"] = Surgery(gm, plan.detached(), Context(seed))
     assert isinstance(gm, fx.GraphModule)
     return gm
 

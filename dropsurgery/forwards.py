@@ -169,7 +169,12 @@ def _note(owner: Owner, level: Level) -> None:
     plain = {key: value for key, value in level.reads.items() if not isinstance(value, nn.Module)}
     owner.foreign = tuple({*owner.foreign, *(key for key in plain if key[0])})
     owner.watched.update(
-        {name: value for (path, name), value in level.reads.items() if not path and name != "training"}
+        # Of a module only that it was read: any other in its place is recorded anew.
+        {
+            name: None if isinstance(value, nn.Module) else value
+            for (path, name), value in level.reads.items()
+            if not path and name != "training"
+        }
     )
 
 

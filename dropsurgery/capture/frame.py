@@ -89,8 +89,10 @@ class Frame:
         gained = [value for key, value in container.items() if key not in before]
         return all(type(value) is Traced and not _from_input(value._node) for value in gained)
 
-    def undo(self) -> None:
-        """Put the containers back to what they held: stand-ins are of no use to anybody else."""
+    def close(self) -> None:
+        """Put the containers back to what they held, and let go of the stand-ins, which hold this frame."""
+        self._shapes.clear()
+        self._attributes.clear()
         for _, container, before in self._containers:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(before)

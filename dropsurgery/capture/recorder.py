@@ -71,6 +71,13 @@ class Recorder(TorchFunctionMode):
 
         return map_tree(tree, leaf)
 
+    def release(self) -> None:
+        """Let go of the model's tensors now: probes stand in cycles, and would keep them until garbage is collected."""
+        for probe in self.original:
+            probe.__dict__.clear()
+        self.original.clear()
+        self._paths.clear()
+
     # -- names ------------------------------------------------------------------------------------------------
     def relative(self, probe: nn.Module, owner: str) -> str:
         below = _below(self._paths[probe], owner)
@@ -96,7 +103,7 @@ class Recorder(TorchFunctionMode):
             except (Exception, Untraceable) as error:
                 failed = error
             finally:
-                frame.undo()
+                frame.close()
         with same_draws():
             return self._run_opaque(probe, path, failed, args, kwargs)
 
@@ -240,3 +247,5 @@ def record(
                 f"the model's forward raises on the example input {describe(args, kwargs)}{where}: "
                 f"{failure.__cause__!r}. Give `example_inputs` that the model accepts."
             ) from failure.__cause__
+        finally:
+            recorder.release()

@@ -32,6 +32,11 @@ class FlatView:
     levels: dict[str, list[Level]]
     opaque: tuple[Opaque, ...]
 
+    def release(self) -> None:
+        """Let go of the model's modules now: a graph is one large cycle, which is freed when garbage is collected."""
+        for node in self.graph.nodes:
+            node.meta.pop("module", None)
+
 
 def flat_view(root: Call, inputs: Inputs = ((), {}), *, inline: Callable[[Level], bool] | None = None) -> FlatView:
     """Inline the levels of a recorded call.

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -17,12 +17,12 @@ from tests.zoo import ZOO, BasicBlock, residual
 FACTS = ("stage", "reduction", "depth", "block", "flow", "role", "channel_axis", "channels", "trainable")
 
 
-@cache
+@lru_cache(maxsize=4)
 def timm_graph(name: str, **options: Any) -> fx.Graph:
     return capture(timm.create_model(name, **options)).view.graph
 
 
-@cache
+@lru_cache(maxsize=4)
 def smp_graph(architecture: str, encoder: str) -> fx.Graph:
     net = getattr(smp, architecture)(encoder, encoder_weights=None)
     return capture(net, torch.zeros(1, 3, 224, 224)).view.graph

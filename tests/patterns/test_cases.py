@@ -8,7 +8,7 @@ among the misses.
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ CASES = {path.stem: YAML(typ="safe").load(path) for path in sorted(HERE.glob("*.
 FACTS = {"stages": "stage", "flows": "flow", "roles": "role"}
 
 
-@cache
+@lru_cache(maxsize=4)
 def graph_of(model: str) -> fx.Graph:
     home, _, name = model.rpartition("zoo:")
     if home or name != model:
