@@ -17,11 +17,11 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dropsurgery.capture.inputs import Inputs
 from dropsurgery.capture.levels import Leaf, Level, Opaque, map_tree
 from dropsurgery.records import TensorFact
 
 Call = Level | Opaque | Leaf
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
