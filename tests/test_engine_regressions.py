@@ -109,9 +109,6 @@ def counted(module: Any, x: Tensor) -> Tensor:
 OPAQUE: dict[str, Change] = {
     "autograd function": lambda _, x: Double.apply(x),
     "scripted function": lambda _, x: scripted(x, 0.5),
-    "autocast off": autocast_off,
-    "autocast on": autocast_on,
-    "nested no_grad": nested_no_grad,
     "attention kernel": one_attention_kernel,
     "hooks on what autograd saves": changed_gradient,
     "seed": seeded,
@@ -144,6 +141,9 @@ GUARDED: dict[str, Change] = {
 }
 # These need no guard.
 PLAIN: dict[str, Change] = {
+    "autocast off": autocast_off,
+    "autocast on": autocast_on,
+    "nested no_grad": nested_no_grad,
     "sizes one by one": lambda _, x: x + torch.zeros(x.shape[0], 1, 1, 1) + torch.ones(x.shape[-1]),
     "named results": lambda _, x: x.max(1, keepdim=True).values + x,
     "dim": lambda _, x: x * x.dim(),

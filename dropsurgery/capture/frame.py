@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from dropsurgery.capture.levels import Guard, Level, map_tree
-from dropsurgery.capture.traced import Traced, TracedSize, Untraceable
+from dropsurgery.capture.traced import INPLACE, Traced, TracedSize, Untraceable
 
 if TYPE_CHECKING:
     from dropsurgery.capture.recorder import Recorder
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
 _BY_SIZE = frozenset({"unbind", "split", "chunk"})
 # Nodes that the recorder itself makes to unpack containers and shapes; pure, so dropped where nothing uses them.
 _UNPACKING = (operator.getitem, getattr)
+_NOTHING = object()
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A list or dict among a forward's arguments: its node, its stand-in now and before, and the caller's own."""
+
+    node: fx.Node
+    made: Any
+    before: Any
+    value: Any
 
 
 class Frame:
@@ -38,9 +51,13 @@ class Frame:
         self._shapes: dict[fx.Node, TracedSize] = {}
         self._attributes: dict[str, Traced] = {}
         self._index_guards: list[tuple[FrameType, int, fx.Node, int]] = []
-        self._in_region = False
+        self._region: tuple[Callable[..., Any], int] | None = None
+        self._grad_before: bool | None = None
         self.failure: Exception | None = None
         self._containers: list[tuple[str, Any, Any]] = []
+        self._given: list[_Given] = []
+        self._set: dict[str, tuple[dict[str, Any], Any]] = {}
+        self._binding = False
 
     # -- guards -----------------------------------------------------------------------------------------------
     def guard(self, node: fx.Node, value: Any, how: str) -> None:
@@ -76,6 +93,8 @@ class Frame:
         for _, _, node, value in self._index_guards:
             self.guard(node, value, "the number")
         self._index_guards.clear()
+        if self._region is not None:
+            raise Untraceable("leaves torch's state other than it found it")
         if self.failure is not None:
             raise Untraceable(f"goes on after an error: {self.failure}")
         for name, container, before in self._containers:
@@ -87,10 +106,26 @@ class Frame:
         if not isinstance(container, dict) or not before.items() <= container.items():
             return False
         gained = [value for key, value in container.items() if key not in before]
-        return all(type(value) is Traced and not _from_input(value._node) for value in gained)
+        return all(type(value) is Traced and not _from_input(value._node) for value in gained) and not _written(self.graph)
+
+    def makes_anew(self, name: str, value: Any) -> bool:
+        """Whether an attribute may be set to a value for the time of the recording."""
+        fields = self.probe.__dict__
+        if type(value) is not Traced or value._frame is not self or _from_input(value._node, weights=True):
+            return False
+        if name in fields["_buffers"]:
+            if name not in fields["_non_persistent_buffers_set"]:
+                return False
+            fields = fields["_buffers"]
+        self._set.setdefault(name, (fields, fields.get(name, _NOTHING)))
+        return not _written(self.graph)
 
     def close(self) -> None:
-        """Put the containers back to what they held, and let go of the stand-ins, which hold this frame."""
+        """Put attributes and containers back to what they held, and let go of the stand-ins, which hold this frame."""
+        for name, (fields, before) in self._set.items():
+            fields.pop(name, None)
+            if before is not _NOTHING:
+                fields[name] = before
         self._shapes.clear()
         self._attributes.clear()
         for _, container, before in self._containers:
@@ -108,19 +143,40 @@ class Frame:
         if name in _BY_SIZE and not any(isinstance(item, (list, tuple)) for item in node.args[1:]):
             self.guard(self.graph.call_function(len, (node,)), len(value), "the number of parts")
 
-    # -- activation checkpoints ---------------------------------------------------------------------------------
+    # -- regions: activation checkpoints, blocks without gradients or under autocast -------------------------------
     @contextmanager
     def region(self, rerun: Callable[..., Any]) -> Iterator[None]:
-        """Mark what is recorded meanwhile as one checkpointed region, which `rerun` will call."""
-        if self._in_region:
-            raise Untraceable("a checkpoint inside a checkpoint")
-        self._in_region = True
-        before = len(self.graph.nodes)
+        """Mark what is recorded meanwhile as one region, which `rerun` will call."""
+        self.begin_region(rerun)
         yield
-        for node in list(self.graph.nodes)[before:]:
+        self.end_region()
+
+    def begin_region(self, rerun: Callable[..., Any]) -> None:
+        """What is recorded from now on, up to the end of the region, is to be run by `rerun`."""
+        if self._region is not None:
+            raise Untraceable("a checkpoint, autocast or no_grad block inside another one")
+        self._region = (rerun, len(self.graph.nodes))
+
+    def end_region(self) -> None:
+        """End the region that was begun last."""
+        assert self._region is not None
+        rerun, before = self._region
+        self._region = None
+        nodes = list(self.graph.nodes)[before:]
+        for node in nodes:
             node.meta["region"] = len(self.level.regions)
-        self.level.regions.append(rerun)
-        self._in_region = False
+        if nodes:
+            self.level.regions.append(rerun)
+
+    def set_grad(self, enabled: bool) -> None:
+        """The forward switches the recording of gradients, or switches it back."""
+        if self._grad_before is None:
+            if enabled != torch.is_grad_enabled():
+                self.begin_region(functools.partial(under, torch.set_grad_enabled, (enabled,)))
+                self._grad_before = not enabled
+        elif enabled == self._grad_before:
+            self.end_region()
+            self._grad_before = None
 
     # -- nodes ------------------------------------------------------------------------------------------------
     def shape_of(self, tensor: Traced) -> TracedSize:
@@ -178,11 +234,64 @@ class Frame:
 
     def call_child(self, probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = self.recorder.relative(probe, self.path)
-        nodes = self.to_nodes((args, kwargs))
-        call, value = self.recorder.record_call(probe, *self.to_values((args, kwargs)))
-        node = self.graph.create_node("call_module", target, *nodes)
+        values = self.to_values((args, kwargs))
+        ours, theirs = _containers_in((args, kwargs)), _containers_in(values)
+        before = [copy.copy(container) for container in theirs]
+        self.to_nodes((args, kwargs))  # what no graph can say is refused before the child is recorded
+        call, value = self.recorder.record_call(probe, *values)
+        passed = {
+            id(mine): self._passed(mine)
+            for mine, its, was in zip(ours, theirs, before, strict=True)
+            if not _same_items(its, was)
+        }
+        node = self.graph.create_node("call_module", target, *self._with_passed((args, kwargs), passed))
         self.level.children[node] = call
+        for mine, its, was in zip(ours, theirs, before, strict=True):
+            if id(mine) in passed:
+                self._take_back(mine, its, was, passed[id(mine)])
         return self.wrap(node, value)
+
+    # -- lists and dicts that a forward changes for its caller ---------------------------------------------------
+    def _passed(self, container: Any) -> fx.Node:
+        """A list or dict of this forward as a node: a child changes it, and what it put in is read from the node."""
+        return self.graph.call_function(type(container), (self.to_nodes(container),))
+
+    def _with_passed(self, tree: Any, passed: dict[int, fx.Node]) -> Any:
+        """The nodes of a call's arguments, where `passed` says which node stands for a container."""
+        if id(tree) in passed:
+            return passed[id(tree)]
+        if type(tree) is dict:
+            return {key: self._with_passed(item, passed) for key, item in tree.items()}
+        if type(tree) in (list, tuple):
+            return type(tree)(self._with_passed(item, passed) for item in tree)
+        return self.to_nodes(tree)
+
+    def _take_back(self, mine: Any, its: Any, was: Any, node: fx.Node) -> None:
+        """Do to a container of this forward what a child did to its own view of it."""
+        keys = list(its) if isinstance(its, dict) else range(len(its))
+        kept = was if isinstance(was, dict) else dict(enumerate(was))
+        items = {
+            key: mine[key] if key in kept and kept[key] is its[key]
+            else self.wrap(self.graph.call_function(operator.getitem, (node, key)), its[key])
+            for key in keys
+        }  # fmt: skip
+        _refill(mine, items if isinstance(mine, dict) else items.values())
+
+    def give_back(self) -> None:
+        """Let the caller see what this forward changed in the lists and dicts that it was given."""
+        changed = [given for given in self._given if not _same_items(given.made, given.before)]
+        for given in changed:
+            if isinstance(given.made, dict):
+                if list(given.made)[: len(given.before)] != list(given.before):
+                    raise Untraceable("takes keys out of a dict that was given to it")
+                for key, item in given.made.items():
+                    if key not in given.before or item is not given.before[key]:
+                        self.graph.call_function(operator.setitem, (given.node, key, self.to_nodes(item)))
+            else:
+                self.graph.call_function(operator.setitem, (given.node, slice(None), self.to_nodes(given.made)))
+        for given in changed:
+            values = self.to_values(given.made)
+            _refill(given.value, values)
 
     # -- between stand-ins, values and nodes ---------------------------------------------------------------------
     def wrap(self, node: fx.Node, value: Any) -> Any:
@@ -197,17 +306,31 @@ class Frame:
                 return type(value)(*items)
             if type(value).__module__ == "torch.return_types":
                 return type(value)(items)
-            return items if isinstance(value, list) else tuple(items)
+            return self._made(node, value, items) if isinstance(value, list) else tuple(items)
         if type(value) is dict:
-            return {
+            named = {
                 key: self.wrap(self.graph.call_function(operator.getitem, (node, key)), item)
                 for key, item in value.items()
             }
+            return self._made(node, value, named)
         if isinstance(value, (torch.Tensor, int, float)):
             return Traced(self, node, value)
         if value is None or isinstance(value, (str, torch.dtype, torch.device)):
             return value
         raise Untraceable(f"a value of type {type(value).__name__} travels between modules")
+
+    def _made(self, node: fx.Node, value: Any, made: Any) -> Any:
+        """Remember the lists and dicts among the arguments: the forward may change them for its caller."""
+        if self._binding:
+            self._given.append(_Given(node, made, copy.copy(made), value))
+        return made
+
+    @contextmanager
+    def binding(self) -> Iterator[None]:
+        """What is wrapped meanwhile are the arguments of the forward."""
+        self._binding = True
+        yield
+        self._binding = False
 
     def to_nodes(self, tree: Any) -> Any:
         return map_tree(tree, self._to_node)
@@ -239,6 +362,37 @@ class Frame:
         return map_tree(tree, lambda item: item._value if type(item) is Traced else item)
 
 
+def under(context: Callable[..., Any], options: tuple[Any, ...], function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a function within a context manager, made anew."""
+    with context(*options):
+        return function(*inputs)
+
+
+def _containers_in(tree: Any) -> list[Any]:
+    """The lists and dicts in a call's arguments, in order; the dict of the keyword arguments itself is none."""
+    args, kwargs = tree
+    return [inner for item in (*args, *kwargs.values()) for inner in _nested(item)]
+
+
+def _nested(tree: Any) -> list[Any]:
+    items = tree.values() if type(tree) is dict else tree if type(tree) in (list, tuple) else ()
+    inner = [found for item in items for found in _nested(item)]
+    return [tree, *inner] if type(tree) in (list, dict) else inner
+
+
+def _same_items(one: Any, other: Any) -> bool:
+    """Whether two lists or dicts hold the same objects in the same order."""
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(item is other[key] for key, item in one.items())
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _refill(container: Any, items: Any) -> None:
+    items = items.copy() if isinstance(items, dict) else list(items)
+    container.clear()
+    (container.update if isinstance(container, dict) else container.extend)(items)
+
+
 def _is_input(node: fx.Node) -> bool:
     """Whether a node is an element of an argument."""
     while node.op == "call_function" and node.target is operator.getitem:
@@ -246,11 +400,24 @@ def _is_input(node: fx.Node) -> bool:
     return node.op == "placeholder"
 
 
-def _from_input(node: fx.Node) -> bool:
-    """Whether numbers of an input are in a tensor; its sizes do not count."""
+def _from_input(node: fx.Node, *, weights: bool = False) -> bool:
+    """Whether numbers of an input (or also of the model's own tensors) are in a tensor; its sizes do not count."""
     if not isinstance(node.meta.get("value"), torch.Tensor):
         return False
-    return node.op == "placeholder" or "random" in node.meta or any(map(_from_input, node.all_input_nodes))
+    if node.op == "placeholder" or "random" in node.meta or (weights and node.op in {"get_attr", "call_module"}):
+        return True
+    return any(_from_input(source, weights=weights) for source in node.all_input_nodes)
+
+
+def _written(graph: fx.Graph) -> bool:
+    """Whether an operation in place put numbers of an input into a tensor that had none."""
+    for node in graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.target in (operator.setitem, *INPLACE) or (name.endswith("_") and not name.endswith("__")):
+            first, *others = node.all_input_nodes
+            if any(map(_from_input, others)) and not _from_input(first):
+                return True
+    return False
 
 
 def _traceable(target: Any) -> bool:

@@ -34,7 +34,7 @@ def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
         return self.__dict__["_recorder"].read(self, name, super(probe_class, self).__getattr__(name))
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        if self.__dict__["_recorder"].writes(name, value):
+        if self.__dict__["_recorder"].writes(self, name, value):
             super(probe_class, self).__setattr__(name, value)
 
     namespace = {

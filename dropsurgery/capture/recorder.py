@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from dropsurgery.capture.frame import Frame, drop_unused, placeholders, structure
+from dropsurgery.capture.frame import Frame, drop_unused, placeholders
 from dropsurgery.capture.levels import Component, Leaf, Level, Opaque, describe, is_leaf, map_tree
 from dropsurgery.capture.probes import Intercepted, forward_of, make_probe
 from dropsurgery.capture.traced import INPLACE, OPERATORS, Traced, Untraceable
@@ -108,9 +108,9 @@ class Recorder(TorchFunctionMode):
             return self._run_opaque(probe, path, failed, args, kwargs)
 
     def _run_level(self, frame: Frame, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frame.level.inputs = (args, kwargs)
-        traced_args, traced_kwargs = placeholders(frame, forward, args, kwargs)
-        before = structure((traced_args, traced_kwargs))
+        frame.level.inputs = map_tree((args, kwargs), lambda item: item)  # lists of its own: the forward may change them
+        with frame.binding():
+            traced_args, traced_kwargs = placeholders(frame, forward, args, kwargs)
         drawn = draws()
         self.frames.append(frame)
         try:
@@ -121,9 +121,9 @@ class Recorder(TorchFunctionMode):
         frame.settle()
         if draws() != drawn:
             raise Untraceable("draws random numbers that are not torch's")
-        if structure((traced_args, traced_kwargs)) != before:
-            raise Untraceable("changes a list or dict that was given to it")
-        frame.graph.output(frame.to_nodes(result))
+        output = frame.to_nodes(result)
+        frame.give_back()
+        frame.graph.output(output)
         drop_unused(frame.graph, {guard.node for guard in frame.level.guards})
         frame.level.output = frame.to_values(result)
         return frame.level.output
@@ -174,6 +174,8 @@ class Recorder(TorchFunctionMode):
         if not self.frames or self.values.running:
             return value
         frame = self.frames[-1]
+        if type(value) is Traced:  # set by this forward
+            return value
         if isinstance(value, torch.Tensor):
             return frame.attribute(value, probe, name)
         if not isinstance(value, Traced):
@@ -181,9 +183,16 @@ class Recorder(TorchFunctionMode):
             frame.note_read(below, name, value)
         return value
 
-    def writes(self, name: str, value: Any) -> bool:
-        """Whether an attribute is really set: no graph can say it, but `self.x += 1` only gives `x` back to itself."""
+    def writes(self, probe: nn.Module, name: str, value: Any) -> bool:
+        """Whether an attribute is really set.
+
+        No graph can say it. But `self.x += 1` only gives `x` back to itself, and what was made from sizes and constants
+        alone, to be used again, can as well be made anew at each call.
+        """
         if not self.frames or self.values.running:
+            return True
+        frame = self.frames[-1]
+        if probe is frame.probe and frame.makes_anew(name, value):
             return True
         if type(value) is Traced and value._node.target in INPLACE:
             changed = value._node.args[0]
@@ -200,7 +209,9 @@ class Recorder(TorchFunctionMode):
         frame._parsed(sys._getframe(1))
         name = getattr(func, "__name__", "")
         if func is torch._C._set_grad_enabled:
-            raise Untraceable("switches the recording of gradients")
+            frame.set_grad(*args)
+            with torch._C.DisableTorchFunction():
+                return func(*args)
         if name == "__get__":  # a property of a tensor that this forward made or holds for itself
             with torch._C.DisableTorchFunction():
                 return func(*args)

@@ -22,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 # Where torch prints a traceback of every op that refuses its fake input, before it raises.
 _torch_log = logging.getLogger("torch._subclasses.fake_tensor")
+_is_autocast_enabled = torch.is_autocast_enabled  # not the one that notes who asks while a forward is recorded
 # Layers whose output has the shape and dtype of their input, subclasses included.
 _SAME_SHAPE = (_NormBase, _DropoutNd, nn.LayerNorm, nn.GroupNorm, nn.Identity)
 # Elementwise layers, by the class that defines their forward.
@@ -79,8 +80,6 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
         super().__init__(allow_non_fake_inputs=True)
         self.drew = False
         self.running = 0
-        # Under autocast the dtype of a result is not that of its input: the rules do not know.
-        self._by_rule = not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -108,7 +107,7 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def of_leaf(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """The output of a leaf module: by rule where there is one, else by running its forward."""
-        if len(args) == 1 and not kwargs and isinstance(args[0], FakeTensor) and self._by_rule:
+        if len(args) == 1 and not kwargs and isinstance(args[0], FakeTensor) and _by_rule():
             shape = _leaf_shape(module, tuple(args[0].shape))
             if shape is not None:
                 with torch._C.DisableTorchFunction():
@@ -117,7 +116,7 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def of_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a function or operator on fake values and numbers."""
-        if not self._by_rule:
+        if not _by_rule():
             return self.run(function, args, kwargs)
         with torch._C.DisableTorchFunction():
             if function in _UNARY and isinstance(args[0], FakeTensor):
@@ -131,6 +130,11 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
                 if joined:
                     return self.like(args[0][0], joined)
         return self.run(function, args, kwargs)
+
+
+def _by_rule() -> bool:
+    """Under autocast the dtype of a result is not that of its input: the rules do not know."""
+    return not (_is_autocast_enabled("cpu") or _is_autocast_enabled("cuda"))
 
 
 def _cat_shape(tensors: Any, dim: int = 0, **other: Any) -> tuple[int, ...] | None:

@@ -100,6 +100,10 @@ class _Builder:
                 result = args[0]
             elif node.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
                 env[node] = args[0][args[1]]
+            elif node.target in (list, dict) and self._inlines_users(level, node):
+                env[node] = args[0]  # the child that changes it is inlined, and so does it here
+            elif node.target is operator.setitem and isinstance(args[0], (list, dict)):
+                args[0][args[1]] = args[2]
             elif node.op == "call_module":
                 env[node] = self._call(level.children[node], node, level.path, args, kwargs)
                 self._name(env[node], names)
@@ -108,6 +112,10 @@ class _Builder:
                 env[node] = self._copy(node, node.op, target, args, kwargs, level.path)
                 self._name(env[node], names)
         return result
+
+    def _inlines_users(self, level: Level, node: fx.Node) -> bool:
+        calls = [level.children[user] for user in node.users if user in level.children]
+        return all(isinstance(call, Level) and self._may_inline(call) for call in calls)
 
     def _call(self, call: Call, node: fx.Node | None, owner: str, args: Any, kwargs: Any) -> Any:
         if isinstance(call, Level) and self._may_inline(call):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.attention
 import torch.utils.checkpoint
 
+from dropsurgery.capture.frame import under
 from dropsurgery.capture.traced import Traced, Untraceable
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ _OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug")
 _QUESTIONS = ("is_autocast_enabled", "get_autocast_dtype", "is_grad_enabled", "is_inference_mode_enabled")
 # What changes a state that a graph knows nothing of, or hands a stand-in to C++ code, which would take it for a tensor.
 _UNSAYABLE: tuple[tuple[Any, str], ...] = (
-    (torch.autocast, "__enter__"),
     (torch.inference_mode, "__enter__"),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
     (torch, "manual_seed"),
@@ -53,6 +53,8 @@ def watched(recorder: Recorder) -> Iterator[None]:
             (home, "CheckpointFunction", watch.reentrant(home.CheckpointFunction)),
             (home, _GENERATOR, watch.generator(getattr(home, _GENERATOR))),
             (torch.autograd.Function, "apply", watch.apply()),
+            (torch.autocast, "__enter__", watch.enter(torch.autocast.__enter__)),
+            (torch.autocast, "__exit__", watch.leave(torch.autocast.__exit__)),
             *((torch, name, watch.question(getattr(torch, name))) for name in _QUESTIONS),
             *((place, name, watch.unsayable(place, name)) for place, name in _UNSAYABLE),
             *((torch, name, watch.by_size(getattr(torch, name))) for name in _BY_SIZE),
@@ -106,6 +108,25 @@ class _Watch:
                 yield
 
         return region
+
+    def enter(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def enter(block: torch.autocast) -> Any:
+            if frame := self.frame():
+                options = (block.device, block.fast_dtype, block._enabled, block._cache_enabled)
+                frame.begin_region(functools.partial(under, torch.autocast, options))
+            with self.recorder.aside():  # what it asks for itself is no guard
+                return real(block)
+
+        return enter
+
+    def leave(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def leave(block: torch.autocast, *error: Any) -> Any:
+            if (frame := self.frame()) and error[0] is None:
+                frame.end_region()
+            with self.recorder.aside():
+                return real(block, *error)
+
+        return leave
 
     def apply(self) -> Any:
         real = inspect.getattr_static(torch.autograd.Function, "apply")
