@@ -71,7 +71,9 @@ def test_recipes(run: Any) -> None:
 
 def test_patterns(run: Any) -> None:
     _, out, _ = run("patterns")
-    assert "residual_add  branch, shortcut, output   branch + shortcut, where both come from one fork" in out
+    assert "residual_add branch, shortcut, output branch + shortcut, where both come from one fork" in " ".join(
+        out.split()
+    )
     facts = from_json(run, "patterns")
     assert [fact["name"] for fact in facts] == catalogue.names("patterns")
     assert all(fact["edges"] and fact["summary"] for fact in facts)

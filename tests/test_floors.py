@@ -24,7 +24,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"surgery"}),
     frozenset({"api"}),
     frozenset({"__init__"}),
-    frozenset({"analysis", "integrations", "cli"}),
+    frozenset({"analysis", "integrations"}),
+    frozenset({"cli"}),
     frozenset({"__main__"}),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

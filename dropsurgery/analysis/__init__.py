@@ -1,0 +1,1 @@
+"""What users find out about models: certify them, explain one, compare recipes over many."""

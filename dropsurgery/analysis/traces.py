@@ -1,0 +1,238 @@
+"""Equality without values: two forwards that run the same operators in the same order on the same tensors.
+
+A model is run once on the meta device, and each operator that torch dispatches is written down with its arguments
+(`record`). A second model that shares the parameters is then run on the same inputs (`replay`): each of its operators
+must be the next one on the list, with the same arguments, and is given that one's result instead of being run. So the
+two computed the same numbers, whatever the numbers are; and a replay costs little more than the Python around it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class NotComparable(Exception):
+    """A forward of which no trace can be made without values: it asks for numbers."""
+
+
+class Differs(BaseException):
+    """The second forward does something else. No Exception, so that no forward catches it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator: its arguments as facts, and as they are (kept: no other tensor gets their place); its result."""
+
+    operator: Any
+    facts: Any
+    kept: Any
+    result: Any
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward did: its operators in order, then its result as facts or what it raised (type and text)."""
+
+    calls: list[Call]
+    facts: Any
+    error: tuple[type, str] | None
+
+
+def record(model: nn.Module, inputs: Inputs) -> Trace:
+    """Run a model on the meta device in its mode, and write down what it does.
+
+    Raises:
+        NotComparable: it asks for values.
+    """
+    with torch.no_grad(), _Recorder() as recorder:
+        result, error = _run(model, inputs)
+    if error is not None and (re.search(r"\bmeta\b", error[1]) or error[0] is NotImplementedError):
+        raise NotComparable(error[1].partition("\n")[0])
+    return Trace(recorder.calls, _facts(result), error)
+
+
+def replay(trace: Trace, model: nn.Module, inputs: Inputs, marks: Marks | None = None) -> str | None:
+    """Run another model on the inputs of a trace; gives the first difference in words, None where there is none."""
+    difference = _replayed(trace, model, inputs, marks)
+    if difference is not None:  # a forward that meets such inputs first is recorded anew, by operators of its own
+        with torch.no_grad():
+            _run(model, inputs)
+        difference = _replayed(trace, model, inputs, marks)
+    return difference
+
+
+def _replayed(trace: Trace, model: nn.Module, inputs: Inputs, marks: Marks | None) -> str | None:
+    try:
+        with torch.no_grad(), _Replayer(trace, marks or Marks()) as replayer:
+            result, error = _run(model, inputs)
+        replayer.end(result, error)
+    except Differs as difference:
+        return str(difference)
+    return None
+
+
+class Marks:
+    """Marks on tensors, to see whether what a module hands on is used: by an operator, or as part of the result."""
+
+    def __init__(self) -> None:
+        self.made: set[str] = set()
+        self.used: set[str] = set()
+        self._marked: dict[int, tuple[Tensor, frozenset[str]]] = {}
+
+    @contextmanager
+    def on(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Mark what these modules, by name, give back."""
+        handles = [module.register_forward_hook(self._marking(name)) for name, module in modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _marking(self, name: str) -> Callable[..., Tensor]:
+        def mark(module: nn.Module, args: Any, result: Tensor) -> Tensor:
+            self.made.add(name)
+            with _disable_current_modes():
+                marked = result.detach()
+            _, before = self._marked.get(id(result), (result, frozenset()))
+            self._marked[id(marked)] = marked, before | {name}  # kept, so that no other tensor gets its id
+            return marked
+
+        return mark
+
+    def see(self, tree: Any) -> None:
+        """These arguments or results are used."""
+        for tensor in tensors_of(tree) if self._marked else ():
+            if id(tensor) in self._marked:
+                self.used |= self._marked[id(tensor)][1]
+
+
+_RAISED = object()
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kept = (args, kwargs or {})
+        facts = _facts(kept)  # now: an operator may change the shape of what it is given
+        try:
+            result = func(*args, **kept[1])
+        except Exception:
+            self.calls.append(Call(func, facts, kept, _RAISED))
+            raise
+        if args and result is args[0]:  # in place
+            self.calls.append(Call(func, facts, kept, None))
+            return result
+        self.calls.append(Call(func, facts, kept, result))
+        return _alias(result)
+
+
+class _Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, trace: Trace, marks: Marks) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._trace = trace
+        self._marks = marks
+        self._at = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
+        if self._at == len(self._trace.calls):
+            expected = "the end" if self._trace.error is None else _told(self._trace.error)
+            raise Differs(f"expected {expected}, got {func}{self._place()}")
+        call = self._trace.calls[self._at]
+        if func is not call.operator:
+            raise Differs(f"expected {call.operator}, got {func}{self._place()}")
+        facts = _facts(given)
+        if facts != call.facts:
+            raise Differs(f"other arguments of {func}: {_shown(given)}, expected {_shown(call.kept)}{self._place()}")
+        self._marks.see(given)
+        self._at += 1
+        if call.result is _RAISED or torch.Tag.inplace_view in func.tags:
+            return func(*args, **given[1])
+        return args[0] if call.result is None and args else _alias(call.result)
+
+    def end(self, result: Any, error: tuple[type, str] | None) -> None:
+        """The forward is over: it must have come as far as the trace, and to the same end."""
+        expected = self._trace.error
+        if error != expected:
+            raise Differs(f"expected {_told(expected)}, got {_told(error)}{self._place()}")
+        if self._at < len(self._trace.calls):
+            raise Differs(f"expected {self._trace.calls[self._at].operator}, got the end{self._place()}")
+        self._marks.see(result)
+        if _facts(result) != self._trace.facts:
+            raise Differs("the same operators, but another result")
+
+    def _place(self) -> str:
+        return f" (operator {self._at + 1} of {len(self._trace.calls)})"
+
+
+def _run(model: nn.Module, inputs: Inputs) -> tuple[Any, tuple[type, str] | None]:
+    try:
+        return model(*inputs[0], **inputs[1]), None
+    except Exception as error:
+        return None, (type(error), str(error))
+
+
+def _facts(tree: Any) -> Any:
+    """Arguments or results as what can be compared: where a tensor's numbers are, not what they are."""
+    if isinstance(tree, Tensor):
+        return _tensor_facts(tree)
+    if isinstance(tree, (list, tuple)):
+        return (type(tree), *map(_facts, tree))
+    if isinstance(tree, Mapping):
+        return (type(tree), *((key, _facts(value)) for key, value in tree.items()))
+    return (type(tree), repr(tree) if isinstance(tree, float) else tree)  # nan is no nan
+
+
+def _tensor_facts(tensor: Tensor) -> Any:
+    if tensor.is_meta:
+        storage = tensor.untyped_storage()._cdata
+        return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    # A constant that the forward makes: each forward has its own, so its numbers count.
+    return tensor.dtype, tensor.shape, tensor.numpy(force=True).tobytes()
+
+
+def _alias(tree: Any) -> Any:
+    """Tensors of their own over the same numbers: whoever changes their shape does not change the trace."""
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(_alias, tree))
+    return tree
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """All tensors of nested lists, tuples and mappings, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors_of(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from tensors_of(item)
+
+
+def _told(error: tuple[type, str] | None) -> str:
+    return "no error" if error is None else f"{error[0].__name__}: {error[1]}"
+
+
+def _shown(tree: Any) -> str:
+    if isinstance(tree, Tensor):
+        return f"[{'x'.join(map(str, tree.shape))}]"
+    if isinstance(tree, (list, tuple)):
+        return f"({', '.join(map(_shown, tree))})"
+    return repr(tree)

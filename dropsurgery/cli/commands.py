@@ -1,0 +1,143 @@
+"""The commands that look at recipes, at the catalogue, and at what a recipe does to one model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from dropsurgery.cli.arguments import counts_steps, inputs_of, length_of, model_of, recipe_of
+from dropsurgery.cli.printing import first_line, pairs, print_json, print_table, say, write
+from dropsurgery.errors import RecipeError
+
+if TYPE_CHECKING:
+    from dropsurgery.recipe import Recipe
+
+_LENGTH = 1000  # steps, for a schedule that is shown over the whole of a training of unknown length
+
+
+def recipes(args: argparse.Namespace) -> int:
+    """List the bundled recipes."""
+    from dropsurgery.recipe import bundled, load_recipe
+
+    loaded = {name: load_recipe(name) for name in bundled()}
+    if args.json:
+        return print_json([_recipe_facts(name, recipe) for name, recipe in loaded.items()])
+    rows = [(name, pairs(recipe.tested_on), recipe.summary) for name, recipe in loaded.items()]
+    return print_table(("recipe", "tested on (edits)", "summary"), rows)
+
+
+def _recipe_facts(name: str, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "name": name,
+        "summary": recipe.summary,
+        "reference": recipe.reference,
+        "tested_on": recipe.tested_on,
+        "entries": [entry.name for entry in recipe.entries],
+    }
+
+
+def patterns(args: argparse.Namespace) -> int:
+    """List the patterns and their edges."""
+    from dropsurgery import catalogue
+
+    facts = []
+    for name in catalogue.names("patterns"):
+        pattern = catalogue.load("patterns", name)
+        home = sys.modules.get(f"dropsurgery.patterns.{name}")
+        facts.append({"name": name, "edges": list(pattern.edges), "summary": first_line(home)})
+    if args.json:
+        return print_json(facts)
+    rows = [(fact["name"], ", ".join(fact["edges"]), fact["summary"]) for fact in facts]
+    return print_table(("pattern", "edges (the default first)", "what it finds"), rows)
+
+
+def regularizers(args: argparse.Namespace) -> int:
+    """List the regularizers and their arguments."""
+    from dropsurgery import catalogue
+
+    facts = []
+    for name in catalogue.names("regularizers"):
+        cls = catalogue.load("regularizers", name)
+        known = catalogue.arguments(cls)
+        defaults = {key: None if argument.required else argument.default for key, argument in known.items()}
+        facts.append({"name": name, "summary": cls.summary, "arguments": defaults, "paper": cls.paper})
+    if args.json:
+        return print_json(facts)
+    rows = [(fact["name"], fact["summary"], pairs(fact["arguments"]), fact["paper"]) for fact in facts]
+    return print_table(("regularizer", "what it does", "arguments (defaults)", "paper"), rows)
+
+
+def schema(args: argparse.Namespace) -> int:
+    """Print the JSON Schema of recipes."""
+    from dropsurgery.recipe import recipe_schema
+
+    return print_json(recipe_schema())
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check recipes: all problems, each with its place."""
+    from dropsurgery.recipe import load_recipe
+
+    facts = []
+    for name in args.recipes:
+        try:
+            load_recipe(name)
+        except RecipeError as error:
+            say(str(error))
+            facts.append({"recipe": name, "ok": False, "problems": error.problems})
+        else:
+            facts.append({"recipe": name, "ok": True, "problems": ()})
+    if args.json:
+        print_json(facts)
+    else:
+        write("".join(f"ok {fact['recipe']}\n" for fact in facts if fact["ok"]))
+    return 0 if all(fact["ok"] for fact in facts) else 1
+
+
+def sites(args: argparse.Namespace) -> int:
+    """List the places in a model where a regularizer can go."""
+    from dropsurgery import find_sites
+    from dropsurgery.diffing import site_facts
+
+    model = model_of(args.model)
+    found = find_sites(model, args.pattern, example_inputs=inputs_of(args, model))
+    if args.json:
+        return print_json([site_facts(site) for site in found])
+    rows = [
+        (
+            site.id,
+            site.stage,
+            site.reduction,
+            site.block,
+            site.path,
+            site.role,
+            "x".join(map(str, site.shape)),
+        )
+        for site in found
+    ]
+    return print_table(("site", "stage", "reduction", "block", "path", "role", "shape"), rows)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Show what a recipe would do to a model."""
+    from dropsurgery import plan_recipe
+    from dropsurgery.diffing import plan_facts
+
+    recipe = recipe_of(args)
+    model = model_of(args.model)
+    plan = plan_recipe(model, recipe, example_inputs=inputs_of(args, model), **length_of(args))
+    return print_json(plan_facts(plan)) if args.json else write(f"{plan}\n")
+
+
+def diff(args: argparse.Namespace) -> int:
+    """Show a model's graphs before and after a recipe."""
+    from dropsurgery import apply_recipe, diff
+
+    recipe, length = recipe_of(args), length_of(args)
+    if length["total_steps"] is None and not counts_steps(recipe):
+        length["total_steps"] = _LENGTH
+        say(f"note: without --total-steps, the schedules are shown over a training of {_LENGTH} steps")
+    model = model_of(args.model)
+    gm = apply_recipe(model, recipe, example_inputs=inputs_of(args, model), **length)
+    return write(diff(gm, format="json" if args.json else "html" if args.html else "text") + "\n")
