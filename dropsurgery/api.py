@@ -57,7 +57,17 @@ def apply_recipe(
         PlanError: the recipe does not fit the model, or `total_steps` is missing.
     """
     plan, captured = _planned(model, recipe, example_inputs, total_steps, steps_per_epoch, overrides)
+    return operate(captured, plan, seed=seed)
+
+
+def operate(captured: Captured, plan: Plan, *, seed: int | None = None) -> fx.GraphModule:
+    """Carry out a plan on the model that it was made for: the last step of `apply_recipe`.
+
+    Raises:
+        PlanError: a regularizer cannot work at its site, or `total_steps` is missing.
+    """
     _check_clock(plan)
+    model = captured.model
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with torch.inference_mode(False), device:  # rates are written later, wherever this was called
         gm = rewrite(captured, plan.edits, lambda edit: _build(edit).to(device))

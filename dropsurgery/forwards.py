@@ -12,12 +12,13 @@ import functools
 import hashlib
 import inspect
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dropsurgery.capture import Leaf, Level, record
 from dropsurgery.capture.levels import map_tree
@@ -222,7 +223,7 @@ def apply_edits(graph: fx.Graph, edits: tuple[LocalEdit, ...], module: nn.Module
             made = insert_after(node, target, module_of=module.get_submodule)
             _same_region(node, made)
         else:
-            _same_region(node, insert_on(node, edit.operand, target))
+            _same_region(node, insert_on(node, edit.operand, target, module_of=module.get_submodule))
     return tuple(missing)
 
 
@@ -329,7 +330,7 @@ def _signature(module: Any, owner: Owner, training: bool, args: tuple[Any, ...],
             *(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
         ]
         items += [(tensor.dtype, tensor.device) for tensor in _guarded(module, owner)]
-    items += [getattr(module.get_submodule(path), name) for path, name in owner.foreign]
+    items += [_exactly(getattr(module.get_submodule(path), name)) for path, name in owner.foreign]
     if owner.children:
         items.append(len(module._modules))
     return tuple(items)
@@ -342,7 +343,7 @@ def _exactly(item: Any) -> Any:
         return tuple([_exactly(part) for part in item])
     if isinstance(item, dict):
         return tuple([(key, _exactly(part)) for key, part in item.items()])
-    return (type(item), item)
+    return (type(item), item if isinstance(item, Hashable) else id(item))
 
 
 def _roughly(item: Any) -> Any:
@@ -352,7 +353,7 @@ def _roughly(item: Any) -> Any:
         return tuple([_roughly(part) for part in item])
     if isinstance(item, dict):
         return tuple([(key, _roughly(part)) for key, part in item.items()])
-    return (type(item), item)
+    return (type(item), item if isinstance(item, Hashable) else id(item))
 
 
 def _guarded(module: nn.Module, owner: Owner) -> list[torch.Tensor]:
@@ -368,9 +369,15 @@ def _record_variant(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: di
     if owner.children and owner.children != tuple(module._modules):
         refuse_skipped(module, "to run with other children than those it had at surgery")
         return Variant(fx.Graph(), own_class(module).forward)
+    if any(isinstance(item, fx.Proxy) for item in (*args, *kwargs.values())):
+        raise SurgeryError(
+            f"{own_class(module).__name__}: symbolic tracing cannot look into a rewritten module; "
+            "gm.surgery.flatten() is one flat graph of the whole model"
+        )
     key = _signature(module, owner, module.training, args, kwargs)
     try:
-        level = _recorded(module, args, kwargs, training=None)
+        with _disable_current_modes():  # a counter of operators is to see those of the model only
+            level = _recorded(module, args, kwargs, training=None)
     except CaptureError as error:
         if error.__cause__ is not None:
             raise error.__cause__ from None

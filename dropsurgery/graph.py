@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 LocalName = tuple[str, int]
@@ -50,16 +51,28 @@ def insert_after(node: fx.Node, target: str, *, module_of: Callable[[str], nn.Mo
     return made
 
 
-def insert_on(node: fx.Node, operand: int | tuple[int, int], target: str) -> fx.Node:
-    """Call a module on one argument of a node; all other users of that value keep it as it is."""
+def insert_on(
+    node: fx.Node, operand: int | tuple[int, int], target: str, *, module_of: Callable[[str], nn.Module]
+) -> fx.Node:
+    """Call a module on one argument of a node; all other users of that value keep it as it is.
+
+    Where the node changes that argument in place, its result is written to the tensor that the others hold.
+    """
     outer, inner = operand if isinstance(operand, tuple) else (operand, None)
     argument: Any = node.args[outer]
     source = argument if inner is None else argument[inner]
     with node.graph.inserting_before(node):
         made = node.graph.call_module(target, (source,))
+        if operand == 0 and _inplace(node, module_of):
+            made = node.graph.call_function(write_back, (source, made))
     replaced = made if inner is None else [*argument[:inner], made, *argument[inner + 1 :]]
     node.update_arg(outer, replaced)
     return made
+
+
+def write_back(tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    """Give a tensor the numbers of another one, for all who hold it: the next operation works on it in place."""
+    return tensor if changed is tensor else tensor.copy_(changed)
 
 
 def build_result(graph: fx.Graph) -> None:

@@ -100,7 +100,7 @@ def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | No
     users = list(node.users)
     if operand is None and isinstance(node.meta.get("module"), _NormBase) and len(users) == 1:
         node, operand = users[0], 0
-        if node.all_input_nodes != [at.node] or node.meta["owner"] != at.node.meta["owner"]:
+        if node.op == "output" or node.all_input_nodes != [at.node] or node.meta["owner"] != at.node.meta["owner"]:
             return None
     module = node.meta.get("module")
     if module is None or calls[module] != 1 or isinstance(module, _NormBase) or operand not in (None, 0):

@@ -6,8 +6,9 @@ hold and that points into the tree (lists of modules, bound methods) is pointed 
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -20,6 +21,8 @@ _TENSORS = ("_parameters", "_buffers")
 HOOKS = tuple(sorted(name for name in _INTERNAL if "hooks" in name))
 
 Make = Callable[[nn.Module], nn.Module]
+Twins = dict[int, Any]
+"""By the id of an object of the original tree: the object that stands for it in the copy."""
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -41,37 +44,59 @@ def copy_tree(root: nn.Module, make: Make = bare, *, share_tensors: bool = True)
         original module → copied module, the root first.
     """
     copies: dict[nn.Module, nn.Module] = {module: make(module) for module in root.modules()}
-    for module, copy in copies.items():
+    twins: Twins = {id(module): copied for module, copied in copies.items()}
+    for collector in collectors_of(root):
+        twins[id(collector)] = twin = copy.copy(collector)
+        twin.__dict__.update({name: redirect(value, twins) for name, value in collector.__dict__.items()})
+    for module, copied in copies.items():
         for name, value in module.__dict__.items():
-            copy.__dict__[name] = _copied(name, value, copies, share_tensors)
+            copied.__dict__[name] = _copied(name, value, twins, share_tensors)
     return copies
 
 
-def _copied(name: str, value: Any, copies: dict[nn.Module, nn.Module], share_tensors: bool) -> Any:
+def collectors_of(root: nn.Module) -> list[Any]:
+    """What the tree's own hooks write to: the objects that hooks are methods of and that modules of the tree hold."""
+    hooks = [hook for module in root.modules() for name in HOOKS for hook in (module.__dict__.get(name) or {}).values()]
+    homes = {id(home): home for home in map(home_of_hook, hooks) if home is not None}
+    held = {id(value) for module in root.modules() for value in module.__dict__.values()} if homes else set()
+    found = [home for key, home in homes.items() if key in held and hasattr(home, "__dict__")]
+    return [home for home in found if not isinstance(home, nn.Module)]
+
+
+def home_of_hook(hook: Any) -> Any:
+    """The object that a hook is a method of, through partials; None for plain functions."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return hook.__self__ if isinstance(hook, MethodType) else None
+
+
+def _copied(name: str, value: Any, twins: Twins, share_tensors: bool) -> Any:
     if name in _TENSORS:
         return value if share_tensors else value.copy()
     if name == "_modules":
-        return {key: copies[child] if child is not None else None for key, child in value.items()}
+        return {key: twins[id(child)] if child is not None else None for key, child in value.items()}
     if name in HOOKS:
-        return OrderedDict(value) if isinstance(value, OrderedDict) else value
+        return redirect(value, twins) if isinstance(value, OrderedDict) else value
     if name in _INTERNAL:
         return value.copy() if isinstance(value, (set, dict)) else value
-    return redirect(value, copies)
+    return redirect(value, twins)
 
 
-def redirect(value: Any, copies: dict[nn.Module, nn.Module]) -> Any:
-    """The value with each module of the tree replaced by its copy, through containers and bound methods."""
-    if isinstance(value, nn.Module):
-        return copies.get(value, value)
+def redirect(value: Any, twins: Twins) -> Any:
+    """The value with each object of the tree replaced by its twin, through containers, partials and bound methods."""
+    if id(value) in twins:
+        return twins[id(value)]
     if type(value) in (list, tuple, set):
-        return type(value)(redirect(item, copies) for item in value)
+        return type(value)(redirect(item, twins) for item in value)
     if type(value) in (dict, OrderedDict):
-        return type(value)((key, redirect(item, copies)) for key, item in value.items())
-    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return MethodType(value.__func__, copies.get(value.__self__, value.__self__))
+        return type(value)((key, redirect(item, twins)) for key, item in value.items())
+    if type(value) is defaultdict:
+        return defaultdict(value.default_factory, {key: redirect(item, twins) for key, item in value.items()})
+    if isinstance(value, MethodType) and id(value.__self__) in twins:
+        return MethodType(value.__func__, twins[id(value.__self__)])
     if type(value) is functools.partial:
         return functools.partial(
-            redirect(value.func, copies), *redirect(value.args, copies), **redirect(value.keywords, copies)
+            redirect(value.func, twins), *redirect(value.args, twins), **redirect(value.keywords, twins)
         )
     return value
 

@@ -9,14 +9,14 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
-from dropsurgery.capture.levels import Guard, Level, map_tree
+from dropsurgery.capture.levels import Guard, Level, Opaque, like_dict, map_tree
 from dropsurgery.capture.traced import INPLACE, Traced, TracedSize, Untraceable
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Frame:
         self._grad_before: bool | None = None
         self.failure: Exception | None = None
         self._containers: list[tuple[str, Any, Any]] = []
+        self._by_data: set[fx.Node] = set()
         self._given: list[_Given] = []
         self._set: dict[str, tuple[dict[str, Any], Any]] = {}
         self._binding = False
@@ -93,6 +94,8 @@ class Frame:
         for _, _, node, value in self._index_guards:
             self.guard(node, value, "the number")
         self._index_guards.clear()
+        if self._by_data and any(self._hangs_on_data(guard.node) for guard in self.level.guards):
+            raise Untraceable("decides by sizes that hang on the data")
         if self._region is not None:
             raise Untraceable("leaves torch's state other than it found it")
         if self.failure is not None:
@@ -101,12 +104,16 @@ class Frame:
             if structure(container) != structure(before) and not self._memoized(container, before):
                 raise Untraceable(f"changes what its attribute {name!r} holds")
 
+    def _hangs_on_data(self, node: fx.Node) -> bool:
+        return node in self._by_data or any(map(self._hangs_on_data, node.all_input_nodes))
+
     def _memoized(self, container: Any, before: Any) -> bool:
         """Whether a dict only gained tensors that could as well be made anew at each call: no input is in them."""
         if not isinstance(container, dict) or not before.items() <= container.items():
             return False
         gained = [value for key, value in container.items() if key not in before]
-        return all(type(value) is Traced and not _from_input(value._node) for value in gained) and not _written(self.graph)
+        anew = all(type(value) is Traced and not _from_input(value._node) for value in gained)
+        return anew and not _written(self.graph)
 
     def makes_anew(self, name: str, value: Any) -> bool:
         """Whether an attribute may be set to a value for the time of the recording."""
@@ -237,15 +244,21 @@ class Frame:
         values = self.to_values((args, kwargs))
         ours, theirs = _containers_in((args, kwargs)), _containers_in(values)
         before = [copy.copy(container) for container in theirs]
-        self.to_nodes((args, kwargs))  # what no graph can say is refused before the child is recorded
+        nodes = self.to_nodes((args, kwargs))
         call, value = self.recorder.record_call(probe, *values)
         passed = {
             id(mine): self._passed(mine)
             for mine, its, was in zip(ours, theirs, before, strict=True)
             if not _same_items(its, was)
         }
-        node = self.graph.create_node("call_module", target, *self._with_passed((args, kwargs), passed))
+        if passed:
+            nodes = self._with_passed((args, kwargs), passed)
+        node = self.graph.create_node("call_module", target, *nodes)
         self.level.children[node] = call
+        if isinstance(call, Opaque) and call.on_data:
+            if _nested(value):
+                raise Untraceable(f"goes by how many things '{call.path}' gives, which hangs on the data")
+            self._by_data.add(node)
         for mine, its, was in zip(ours, theirs, before, strict=True):
             if id(mine) in passed:
                 self._take_back(mine, its, was, passed[id(mine)])
@@ -254,7 +267,8 @@ class Frame:
     # -- lists and dicts that a forward changes for its caller ---------------------------------------------------
     def _passed(self, container: Any) -> fx.Node:
         """A list or dict of this forward as a node: a child changes it, and what it put in is read from the node."""
-        return self.graph.call_function(type(container), (self.to_nodes(container),))
+        nodes = self.to_nodes(container)
+        return nodes if isinstance(nodes, fx.Node) else self.graph.call_function(type(container), (nodes,))
 
     def _with_passed(self, tree: Any, passed: dict[int, fx.Node]) -> Any:
         """The nodes of a call's arguments, where `passed` says which node stands for a container."""
@@ -262,6 +276,8 @@ class Frame:
             return passed[id(tree)]
         if type(tree) is dict:
             return {key: self._with_passed(item, passed) for key, item in tree.items()}
+        if isinstance(tree, dict):
+            return self._own_dict(type(tree), {key: self._with_passed(item, passed) for key, item in tree.items()})
         if type(tree) in (list, tuple):
             return type(tree)(self._with_passed(item, passed) for item in tree)
         return self.to_nodes(tree)
@@ -307,12 +323,12 @@ class Frame:
             if type(value).__module__ == "torch.return_types":
                 return type(value)(items)
             return self._made(node, value, items) if isinstance(value, list) else tuple(items)
-        if type(value) is dict:
+        if isinstance(value, dict):
             named = {
                 key: self.wrap(self.graph.call_function(operator.getitem, (node, key)), item)
                 for key, item in value.items()
             }
-            return self._made(node, value, named)
+            return self._made(node, value, named if type(value) is dict else like_dict(type(value), named))
         if isinstance(value, (torch.Tensor, int, float)):
             return Traced(self, node, value)
         if value is None or isinstance(value, (str, torch.dtype, torch.device)):
@@ -333,7 +349,19 @@ class Frame:
         self._binding = False
 
     def to_nodes(self, tree: Any) -> Any:
+        kind = type(tree)
+        if kind in (list, tuple):
+            return kind([self.to_nodes(item) for item in tree])
+        if isinstance(tree, dict):
+            items = {key: self.to_nodes(item) for key, item in tree.items()}
+            return items if kind is dict else self._own_dict(kind, items)
         return map_tree(tree, self._to_node)
+
+    def _own_dict(self, kind: type, items: dict[Any, Any]) -> fx.Node:
+        """A dict of a class of its own as a node: as an argument of another it would lose its class."""
+        if is_dataclass(kind):
+            return self.graph.call_function(kind, (), items)
+        return self.graph.call_function(kind, (items,))
 
     def _to_node(self, item: Any) -> Any:
         if type(item) is Traced:
@@ -375,9 +403,9 @@ def _containers_in(tree: Any) -> list[Any]:
 
 
 def _nested(tree: Any) -> list[Any]:
-    items = tree.values() if type(tree) is dict else tree if type(tree) in (list, tuple) else ()
+    items = tree.values() if isinstance(tree, dict) else tree if type(tree) in (list, tuple) else ()
     inner = [found for item in items for found in _nested(item)]
-    return [tree, *inner] if type(tree) in (list, dict) else inner
+    return [tree, *inner] if type(tree) is list or isinstance(tree, dict) else inner
 
 
 def _same_items(one: Any, other: Any) -> bool:

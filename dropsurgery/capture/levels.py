@@ -6,8 +6,8 @@ A level is one deep: the children that a forward calls are `call_module` nodes o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -64,12 +64,17 @@ class Level:
 
 @dataclass(eq=False)
 class Opaque:
-    """A call whose forward stays Python: why, and the levels of the children that it called."""
+    """A call whose forward stays Python: why, and the levels of the children that it called.
+
+    `on_data` says that only numbers could tell what it calls and gives: it was run on such.
+    """
 
     module: nn.Module
     path: str
     reason: str
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     components: list[Component] = field(default_factory=list)
+    on_data: bool = False
 
 
 @dataclass(eq=False)
@@ -82,7 +87,10 @@ class Leaf:
 
 @dataclass(eq=False)
 class Component:
-    """A call that an opaque forward made, with the values that went in and came out."""
+    """A call that an opaque forward made, with the values that went in and came out.
+
+    A tensor that travels from one call to the next is one object in both.
+    """
 
     call: Level | Opaque | Leaf
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
@@ -98,7 +106,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def map_tree(tree: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Apply a function to the leaves of nested tuples, lists, dicts and slices."""
+    """Apply a function to the leaves of nested tuples, lists, dicts (of any class) and slices."""
     kind = type(tree)
     if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
         return tuple(map_tree(item, leaf) for item in tree)
@@ -110,7 +118,18 @@ def map_tree(tree: Any, leaf: Callable[[Any], Any]) -> Any:
         return slice(map_tree(tree.start, leaf), map_tree(tree.stop, leaf), map_tree(tree.step, leaf))
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return kind(*(map_tree(item, leaf) for item in tree))
+    if isinstance(tree, dict):
+        return like_dict(kind, {key: map_tree(item, leaf) for key, item in tree.items()})
     return leaf(tree)
+
+
+def like_dict(kind: Any, items: dict[Any, Any]) -> Any:
+    """A dict of a class of its own, such as OrderedDict or a dataclass of named outputs, with these items."""
+    if is_dataclass(kind):
+        return cast(Any, kind)(**items)
+    made = kind()
+    made.update(items)
+    return made
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

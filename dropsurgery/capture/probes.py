@@ -31,10 +31,13 @@ def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
         return value
 
     def __getattr__(self: Any, name: str) -> Any:
-        return self.__dict__["_recorder"].read(self, name, super(probe_class, self).__getattr__(name))
+        value = super(probe_class, self).__getattr__(name)
+        recorder = self.__dict__.get("_recorder")  # none in what the forward itself made, such as `self.layers[1:]`
+        return value if recorder is None else recorder.read(self, name, value)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        if self.__dict__["_recorder"].writes(self, name, value):
+        recorder = self.__dict__.get("_recorder")
+        if recorder is None or recorder.writes(self, name, value):
             super(probe_class, self).__setattr__(name, value)
 
     namespace = {

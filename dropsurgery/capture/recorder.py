@@ -8,11 +8,13 @@ it is run once more on plain fake values so that its children are recorded all t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,18 +23,30 @@ from torch.overrides import TorchFunctionMode
 
 from dropsurgery.capture.frame import Frame, drop_unused, placeholders
 from dropsurgery.capture.levels import Component, Leaf, Level, Opaque, describe, is_leaf, map_tree
+from dropsurgery.capture.numbers import Faked, Numbers, has_data
 from dropsurgery.capture.probes import Intercepted, forward_of, make_probe
 from dropsurgery.capture.traced import INPLACE, OPERATORS, Traced, Untraceable
 from dropsurgery.capture.values import Values
 from dropsurgery.capture.watching import draws, same_draws, watched
 from dropsurgery.errors import CaptureError
-from dropsurgery.trees import HOOKS, copy_tree, paths_of
+from dropsurgery.trees import HOOKS, collectors_of, copy_tree, home_of_hook, paths_of
 
 _LOCK = threading.RLock()
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class ModelFailed(Exception):
     """The model's own forward raised on plain values: its error is the cause."""
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """A call that a forward made while it ran plainly."""
+
+    probe: nn.Module
+    inputs: Arguments
+    output: Any
 
 
 class Recorder(TorchFunctionMode):
@@ -45,8 +59,11 @@ class Recorder(TorchFunctionMode):
         self.original = {copy: module for module, copy in copies.items()}
         self.values = Values()
         self.frames: list[Frame] = []
-        self._opaque: list[Opaque] = []
+        self._observed: list[_Observed] | None = None
         self._paths = paths_of(self.root)
+        self._start = self.root
+        self._collectors = {id(collector) for collector in collectors_of(self.root)}
+        packages = set(filter(_is_installed, {_package(type(module)) for module in copies} - {"torch"}))
         for probe in self.original:
             fields = probe.__dict__
             fields["_own_forward"] = fields.pop("forward", None)
@@ -55,19 +72,33 @@ class Recorder(TorchFunctionMode):
                 fields["training"] = training
             fields["_recorder"] = self
             for name in HOOKS:
-                hooks = probe.__dict__.get(name)
-                if isinstance(hooks, dict):
-                    hooks.clear()
+                hooks = fields.get(name) or {}
+                for key in [key for key, hook in hooks.items() if not self._is_own(hook, packages)]:
+                    del hooks[key]
 
-    def fake(self, tree: Any) -> Any:
-        """The tree with each tensor replaced by a fake one of the same shape, dtype, device and grad flag."""
+    def _is_own(self, hook: Any, packages: set[str]) -> bool:
+        """Whether a hook is a part of the model (it collects what a forward gives out), and not put there by a user."""
+        home = home_of_hook(hook)
+        within = isinstance(home, nn.Module) and home in self.original
+        return within or id(home) in self._collectors or _package(hook) in packages
+
+    def fake(self, tree: Any, known: dict[int, Any] | None = None) -> Any:
+        """The tree with each tensor replaced by a fake one of the same shape, dtype, device and grad flag.
+
+        `known` holds by id what was made before: one tensor in two trees stays one.
+        """
 
         def leaf(item: Any) -> Any:
             if not isinstance(item, torch.Tensor):
                 return item
+            if known is not None and id(item) in known:
+                return known[id(item)]
             with torch.no_grad(), self.values:
                 made = torch.empty_like(item, dtype=item.dtype, device=item.device)
-            return made.requires_grad_(item.requires_grad)
+            made.requires_grad_(item.requires_grad)
+            if known is not None:
+                known[id(item)] = made
+            return made
 
         return map_tree(tree, leaf)
 
@@ -86,8 +117,13 @@ class Recorder(TorchFunctionMode):
         return below
 
     # -- calls ------------------------------------------------------------------------------------------------
-    def record_call(self, probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Record one call on plain fake values: what was called, and the value that it gave."""
+    def record_call(
+        self, probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], data: Arguments | None = None
+    ) -> tuple[Any, Any]:
+        """Record one call on fake values: what was called, and the value that it gave.
+
+        `data` are the arguments as numbers, where they are known.
+        """
         path = self._paths[probe][0]
         module = self.original[probe]
         forward = forward_of(probe)
@@ -104,11 +140,12 @@ class Recorder(TorchFunctionMode):
                 failed = error
             finally:
                 frame.close()
-        with same_draws():
-            return self._run_opaque(probe, path, failed, args, kwargs)
+        opaque = Opaque(module, path, f"{type(failed).__name__}: {failed}", (args, kwargs))
+        with same_draws(), self.aside():
+            return opaque, self._run_opaque(opaque, probe, data)
 
     def _run_level(self, frame: Frame, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frame.level.inputs = map_tree((args, kwargs), lambda item: item)  # lists of its own: the forward may change them
+        frame.level.inputs = map_tree((args, kwargs), lambda item: item)  # the forward may change lists given to it
         with frame.binding():
             traced_args, traced_kwargs = placeholders(frame, forward, args, kwargs)
         drawn = draws()
@@ -128,46 +165,79 @@ class Recorder(TorchFunctionMode):
         frame.level.output = frame.to_values(result)
         return frame.level.output
 
-    def _run_opaque(
-        self, probe: nn.Module, path: str, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Opaque, Any]:
-        opaque = Opaque(self.original[probe], path, f"{type(error).__name__}: {error}")
-        frames, self.frames = self.frames, []
-        for module in probe.modules():  # it may write to them
-            for tensors in (module._parameters, module._buffers):
-                tensors.update(self.fake(dict(tensors)))
-        self._opaque.append(opaque)
+    def _run_opaque(self, opaque: Opaque, probe: nn.Module, data: Arguments | None) -> Any:
+        """Run a forward that stays Python once, as it is; then record what it called."""
+        known: dict[int, Any] = {}
         try:
-            with torch.no_grad(), self.values:
-                value = forward_of(probe)(*args, **kwargs)
+            value, calls = self._observe(probe, opaque.inputs, Faked(self))
         except ModelFailed:
             raise
         except (Exception, Untraceable) as failure:
-            raise ModelFailed(path) from failure
+            value, calls = self._observe_on_data(opaque, probe, failure, data)
+            value = self.fake(value, known)
+            opaque.on_data = True
+        for call in calls:
+            inputs = self.fake(call.inputs, known) if opaque.on_data else call.inputs
+            output = self.fake(call.output, known) if opaque.on_data else call.output
+            made, _ = self.record_call(call.probe, inputs[0], inputs[1], call.inputs if opaque.on_data else None)
+            opaque.components.append(Component(made, inputs, output))
+        return value
+
+    def _observe_on_data(
+        self, opaque: Opaque, probe: nn.Module, failure: BaseException, data: Arguments | None
+    ) -> tuple[Any, list[_Observed]]:
+        """What only numbers can tell: run the forward on some.
+
+        Raises:
+            ModelFailed: it refuses them as well, and they are those that it is to take.
+            Untraceable: it refuses numbers that were only made up; its caller may know the right ones.
+        """
+        made_up = Numbers(self.original)
+        try:
+            return self._observe(probe, data or made_up.of(opaque.inputs), made_up)
+        except ModelFailed:
+            raise
+        except (Exception, Untraceable) as error:
+            alike = type(error) is type(failure) and str(error) == str(failure)
+            if data is not None or alike or probe is self._start:
+                raise ModelFailed(opaque.path) from error
+            raise Untraceable(f"'{opaque.path}' refuses made-up numbers: {error}") from error
+
+    def _observe(self, probe: nn.Module, inputs: Arguments, tensors: Any) -> tuple[Any, list[_Observed]]:
+        """Run a forward plainly, on tensors of the kind given, and note the calls that it makes itself."""
+        self._observed = []
+        try:
+            with tensors.in_place_of(probe), torch.no_grad():
+                args, kwargs = map_tree(inputs, lambda item: item)
+                value = forward_of(probe)(*args, **kwargs)
+            return value, self._observed
         finally:
-            self.frames = frames
-            self._opaque.pop()
-        return opaque, value
+            self._observed = None
 
     def intercept(self, probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a probe's forward does instead of itself."""
         if self.frames:
             return self.frames[-1].call_child(probe, args, kwargs)
-        if self._opaque:
-            call, value = self.record_call(probe, args, kwargs)
-            self._opaque[-1].components.append(Component(call, (args, kwargs), value))
-            return value
-        return forward_of(probe)(*args, **kwargs)
+        if self._observed is None:
+            return forward_of(probe)(*args, **kwargs)
+        observed, self._observed = self._observed, None
+        try:
+            inputs = map_tree((args, kwargs), lambda item: item)
+            value = forward_of(probe)(*args, **kwargs)
+        finally:
+            self._observed = observed
+        observed.append(_Observed(probe, inputs, map_tree(value, lambda item: item)))
+        return value
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Run something of the model without recording it."""
-        frames, opaque = self.frames, self._opaque
-        self.frames, self._opaque = [], []
+        frames, observed = self.frames, self._observed
+        self.frames, self._observed = [], None
         try:
             yield
         finally:
-            self.frames, self._opaque = frames, opaque
+            self.frames, self._observed = frames, observed
 
     def read(self, probe: nn.Module, name: str, value: Any) -> Any:
         """The forward under recording read an attribute: a tensor becomes a node, all else is taken for granted."""
@@ -176,6 +246,8 @@ class Recorder(TorchFunctionMode):
         frame = self.frames[-1]
         if type(value) is Traced:  # set by this forward
             return value
+        if id(value) in self._collectors:
+            raise Untraceable(f"takes from its attribute {name!r} what hooks have put there")
         if isinstance(value, torch.Tensor):
             return frame.attribute(value, probe, name)
         if not isinstance(value, Traced):
@@ -223,6 +295,19 @@ class Recorder(TorchFunctionMode):
         return frame.call_function(func, args, kwargs)
 
 
+def _package(thing: Any) -> str:
+    """The top-level package of a class or function, seen through partials and bound methods."""
+    while isinstance(thing, functools.partial):
+        thing = thing.func
+    return str(getattr(thing, "__module__", None) or "").partition(".")[0]
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package is a library, and not the user's own project, whose hooks are no part of a model."""
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
+
+
 def _below(paths: tuple[str, ...], owner: str) -> str:
     """The first of the paths that lies below the owner, relative to it; empty where none does."""
     if not owner:
@@ -246,11 +331,12 @@ def record(
     """
     with _LOCK, torch.random.fork_rng(devices=[]):
         recorder = Recorder(root, training)
-        probe = recorder.root.get_submodule(path)
+        recorder._start = probe = recorder.root.get_submodule(path)
         faked = recorder.fake((args, kwargs))
+        data = (args, kwargs) if has_data((args, kwargs)) else None
         try:
             with recorder.aside(), watched(recorder):
-                call: Level | Opaque | Leaf = recorder.record_call(probe, *faked)[0]
+                call: Level | Opaque | Leaf = recorder.record_call(probe, faked[0], faked[1], data)[0]
                 return call
         except ModelFailed as failure:
             where = f", in '{failure}'" if str(failure) else ""

@@ -65,6 +65,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.levels: dict[str, list[Level]] = {}
         self.opaque: list[Opaque] = []
+        self._given: dict[int, fx.Node] = {}
 
     def root(self, call: Call, inputs: Inputs) -> None:
         """The model's own call, whose result is the graph's output."""
@@ -78,14 +79,33 @@ class _Builder:
                 name = str(node.target) if component is None else str(node.target).lstrip("*")
                 env[node] = self._copy(node, "placeholder", name, node.args, {}, call.path)
                 env[node].meta["component"] = component
+                if component is not None:
+                    self._continue(env[node], node.meta.get("value"))
             return self._inline(call, env)
         values = (*inputs[0], *inputs[1].values())
         fed = [self._copy(None, "placeholder", f"input{index}", (), {}, call.path) for index in range(len(values))]
         for node, value in zip(fed, values, strict=True):
             node.meta.update(value=fact_of(value), component=component)
+            self._continue(node, value)
         result = self._call(call, None, "", tuple(fed), {})
         result.meta["value"] = fact_of(output)
         return result
+
+    def _continue(self, node: fx.Node, value: Any) -> None:
+        """Note where the tensor of a component's placeholder comes from, if an opaque forward only passed it on."""
+        if id(value) in self._given:
+            node.meta["continues"] = self._given[id(value)]
+
+    def _give(self, made: Any, value: Any) -> None:
+        """Note which node a tensor comes from, before an opaque forward passes it on."""
+        if isinstance(made, fx.Node) and isinstance(value, torch.Tensor):
+            self._given[id(value)] = made
+        elif isinstance(made, dict) and isinstance(value, dict):
+            for key, item in made.items():
+                self._give(item, value.get(key))
+        elif isinstance(made, (list, tuple)) and isinstance(value, (list, tuple)):
+            for item, part in zip(made, value, strict=False):
+                self._give(item, part)
 
     def _inline(self, level: Level, env: dict[fx.Node, Any]) -> Any:
         """Copy a level's nodes; `env` maps its nodes to nodes (or containers of nodes) of the flat graph."""
@@ -100,13 +120,22 @@ class _Builder:
                 result = args[0]
             elif node.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
                 env[node] = args[0][args[1]]
+            elif (
+                self._components
+                and isinstance(node.target, type)
+                and issubclass(node.target, dict)
+                and node.target is not dict
+            ):
+                env[node] = dict(*args, **kwargs)  # its class does not matter here
             elif node.target in (list, dict) and self._inlines_users(level, node):
                 env[node] = args[0]  # the child that changes it is inlined, and so does it here
             elif node.target is operator.setitem and isinstance(args[0], (list, dict)):
                 args[0][args[1]] = args[2]
             elif node.op == "call_module":
-                env[node] = self._call(level.children[node], node, level.path, args, kwargs)
-                self._name(env[node], names)
+                child = level.children[node]
+                env[node] = self._call(child, node, level.path, args, kwargs)
+                if not (isinstance(child, Level) and self._may_inline(child)):  # else its result has its number already
+                    self._name(env[node], names)
             else:
                 target = f"{level.path}.{node.target}".lstrip(".") if node.op == "get_attr" else node.target
                 env[node] = self._copy(node, node.op, target, args, kwargs, level.path)
@@ -127,8 +156,9 @@ class _Builder:
         if isinstance(call, Opaque):
             made.meta["opaque"] = True
             self.opaque.append(call)
+            self._give((args, kwargs), call.inputs)
             for part in call.components if self._components else ():
-                self._start(part.call, part.inputs, part.output, part.call.path)
+                self._give(self._start(part.call, part.inputs, part.output, part.call.path), part.output)
         return made
 
     def _copy(self, node: fx.Node | None, op: str, target: Any, args: Any, kwargs: Any, owner: str) -> fx.Node:

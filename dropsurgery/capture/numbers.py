@@ -1,0 +1,100 @@
+"""Tensors that a forward may run on while it is only looked at: fake ones, or numbers where nothing else will do.
+
+Either way the model's own tensors are not touched: the probes hold others for the time of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor
+
+from dropsurgery.capture.levels import map_tree
+
+if TYPE_CHECKING:
+    from dropsurgery.capture.recorder import Recorder
+
+
+class Faked:
+    """Fake tensors in place of a probe's own: it may write to them."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    @contextmanager
+    def in_place_of(self, probe: nn.Module) -> Iterator[None]:
+        """Let the probe and all below it hold fake tensors meanwhile."""
+        known: dict[int, Any] = {}
+        with _replaced(probe, lambda fields: self.recorder.fake(fields, known)), self.recorder.values:
+            yield
+
+
+class Numbers:
+    """Copies of a probe's own numbers, and made-up ones where there are none (on the meta device)."""
+
+    def __init__(self, original: dict[nn.Module, nn.Module]) -> None:
+        self.original = original
+
+    @contextmanager
+    def in_place_of(self, probe: nn.Module) -> Iterator[None]:
+        """Let the probe and all below it hold numbers meanwhile."""
+        known: dict[int, Any] = {}
+
+        def number(item: Any) -> Any:
+            if not isinstance(item, torch.Tensor):
+                return item
+            if id(item) not in known:
+                known[id(item)] = made_up(item) if _is_empty(item) else item.detach().clone()
+            return known[id(item)]
+
+        with _replaced(probe, lambda fields: map_tree(fields, number)):
+            yield
+
+    @staticmethod
+    def of(tree: Any) -> Any:
+        """The tree with numbers in place of its fake tensors."""
+        return map_tree(tree, lambda item: made_up(item) if isinstance(item, torch.Tensor) else item)
+
+
+def made_up(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers of a tensor's shape and dtype: small and random, ones for scales and variances, zeros for indices."""
+    device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+    made = torch.zeros(tuple(tensor.shape), dtype=tensor.dtype, device=device)
+    if not made.is_floating_point():
+        return made
+    return made.fill_(1.0) if made.ndim == 1 else made.normal_(0, 0.02 if made.ndim < 4 else 0.1)
+
+
+def has_data(tree: Any) -> bool:
+    """Whether the tensors of a tree hold numbers of their own: not on the meta device, nor one number expanded."""
+    found: list[bool] = []
+    map_tree(tree, lambda item: found.append(not _is_empty(item)) if isinstance(item, torch.Tensor) else None)
+    return bool(found) and all(found)
+
+
+def _is_empty(tensor: torch.Tensor) -> bool:
+    if tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+        return True
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
+@contextmanager
+def _replaced(probe: nn.Module, replace: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Replace the tensors that modules hold, and those in their plain attributes."""
+    with ExitStack() as undo:
+        for module in probe.modules():
+            fields = module.__dict__
+            plain = {name: value for name, value in fields.items() if type(value) in _HOLDERS and name not in _INTERNAL}
+            for place, held in ((fields["_parameters"],) * 2, (fields["_buffers"],) * 2, (fields, plain)):
+                before = dict(held)
+                undo.callback(place.update, before)
+                place.update(replace(before))
+        yield
+
+
+_INTERNAL = frozenset(nn.Module().__dict__)
+_HOLDERS = (torch.Tensor, list, tuple, dict)
