@@ -7,6 +7,7 @@ are told by torch class, subclasses included; `meta["identity"]` marks stochasti
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,7 +41,12 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
     ((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("pool", "adaptive_pool")),
     ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), ("pool", "max_pool")),
     ((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), ("pool", "avg_pool")),
+    ((nn.LPPool1d, nn.LPPool2d, nn.LPPool3d), ("pool", "lp_pool")),
     ((nn.Upsample, nn.PixelShuffle), ("upsample",)),
+    ((nn.Sigmoid, nn.Hardsigmoid), ("activation", "sigmoid")),
+    ((nn.Softmax, nn.Softmax2d), ("softmax",)),
+    ((nn.MultiheadAttention,), ("attention",)),
+    ((nn.Flatten, nn.Unflatten), ("layout",)),
     ((nn.Identity, nn.modules.dropout._DropoutNd), ("identity",)),
 )
 # Names under torch.nn.functional, torch and torch.Tensor (there as methods), in-place forms (`relu_`) included.
@@ -58,12 +64,24 @@ _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("pool", "adaptive_pool"): tuple(f"adaptive_{how}_pool{n}d" for how in ("avg", "max") for n in (1, 2, 3)),
     ("pool", "max_pool"): ("max_pool1d", "max_pool2d", "max_pool3d"),
     ("pool", "avg_pool"): ("avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    ("pool", "lp_pool"): ("lp_pool1d", "lp_pool2d", "lp_pool3d"),
     ("upsample",): ("interpolate", "upsample", "pixel_shuffle"),
     ("identity",): ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
     ("add",): ("add",),
     ("mul",): ("mul", "multiply"),
     ("cat",): ("cat", "concat", "concatenate"),
-    ("reduction",): ("mean", "sum", "amax", "max", "logsumexp"),
+    ("reduction",): ("sum", "max", "logsumexp"),
+    ("reduction", "mean"): ("mean",),
+    ("reduction", "amax"): ("amax",),
+    ("softmax",): ("softmax",),
+    ("matmul",): ("matmul", "bmm", "einsum"),
+    ("attention",): ("scaled_dot_product_attention",),
+    ("layout",): (
+        *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as", "view_as"),
+        *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "contiguous"),
+        *("to", "type", "type_as", "float", "half", "bfloat16", "clone"),
+    ),
+    ("activation", "sigmoid"): ("sigmoid", "hardsigmoid"),
     ("activation",): (
         *(
             "relu",
@@ -80,9 +98,7 @@ _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
             "tanh",
         ),
         *(
-            "sigmoid",
             "logsigmoid",
-            "hardsigmoid",
             "hardswish",
             "hardtanh",
             "softplus",
@@ -96,10 +112,14 @@ _OPERATORS: dict[Any, tuple[str, ...]] = {
     operator.iadd: ("add",),
     operator.mul: ("mul",),
     operator.imul: ("mul",),
+    operator.matmul: ("matmul",),
 }
 _METHODS = {name + end: kinds for kinds, names in _NAMES.items() for name in names for end in ("", "_")}
 _FUNCTIONS: dict[Any, tuple[str, ...]] = _OPERATORS | {
-    getattr(home, name): kinds for name, kinds in _METHODS.items() for home in (torch, F) if hasattr(home, name)
+    getattr(home, name): kinds
+    for name, kinds in _METHODS.items()
+    for home in (torch, F)
+    if callable(getattr(home, name, None))
 }
 KINDS = frozenset(kind for kinds in _METHODS.values() for kind in kinds) | {
     "norm_act",
@@ -157,6 +177,28 @@ def holds_tensor(value: Any) -> bool:
 def tensor_users(node: fx.Node) -> list[fx.Node]:
     """The nodes that consume the tensor itself: the graph's output is one, reading a shape is not."""
     return [user for user in node.users if user.op == "output" or holds_tensor(user.meta.get("value"))]
+
+
+def data_inputs(node: fx.Node) -> list[fx.Node]:
+    """The arguments that carry the input's data, each once, in order: no parameters, sizes or constants."""
+    return [source for source in tensor_inputs(node) if source.meta["role"] is not None]
+
+
+def mixes(node: fx.Node) -> bool:
+    """Whether a node is a layer that mixes channels or positions: convolution, linear, product, unknown module."""
+    kind = kind_of(node)
+    if kind is None and node.op == "call_module":
+        module = node.meta.get("module")
+        return module is None or next(module.parameters(), None) is not None
+    return kind in ("conv", "conv_transpose", "linear", "matmul", "attention")
+
+
+def positions(node: fx.Node) -> int | None:
+    """How many positions a sample of a node's tensor has (pixels, tokens); None where that is unknown."""
+    value, axis = node.meta.get("value"), node.meta["channel_axis"]
+    if not isinstance(value, TensorFact) or axis is None or len(value.shape) < 2:
+        return None
+    return math.prod(value.shape[1:]) // max(1, int(value.shape[axis]))
 
 
 def skip_identities(node: fx.Node, step: Callable[[fx.Node], list[fx.Node]]) -> Iterator[fx.Node]:

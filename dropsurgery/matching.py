@@ -198,7 +198,7 @@ def called(node: fx.Node) -> str:
     if node.op == "output":
         return "the result of the net"
     kinds = kinds_of(node)
-    if kinds and kinds[0] != "activation":
+    if kinds and kinds[0] not in ("activation", "layout"):
         return kinds[-1].replace("_act", " with activation").replace("_", " ")
     module = node.meta.get("module")
     if module is not None:
