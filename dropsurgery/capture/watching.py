@@ -38,6 +38,8 @@ _UNSAYABLE: tuple[tuple[Any, str], ...] = (
     (torch.nn.attention, "_sdpa_kernel"),
     (torch.nested, "nested_tensor"),
     (torch.jit.ScriptFunction, "__call__"),
+    (torch.nn.Module, "register_forward_hook"),
+    (torch.nn.Module, "register_forward_pre_hook"),
 )
 # They take sizes one by one, which torch's own argument parser refuses where the first is a stand-in.
 _BY_SIZE = ("zeros", "ones", "empty", "rand", "randn")
