@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from dropsurgery.kinds import holds_tensor, tensor_inputs
+from dropsurgery.kinds import holds_tensor, kind_of, tensor_inputs
 from dropsurgery.records import TensorFact
+
+# They look at a tensor's shape or dtype and not at its values: all arguments, or all but the first.
+_OF_NO_VALUE = {
+    *(getattr(torch, f"{what}_like") for what in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+}
+_OF_THE_FIRST = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
 
 
 class Dataflow:
-    """Nodes that depend on a placeholder, in topological order, with edges between them only."""
+    """Nodes that depend on a placeholder, in topological order, with edges between them only.
+
+    A component of an opaque part whose input is the very tensor of an earlier node (`meta["continues"]`) goes on
+    from there.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.order: dict[fx.Node, int] = {}
         self.inputs: dict[fx.Node, list[fx.Node]] = {}
         self.users: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            sources = [source for source in tensor_inputs(node) if source in self.order]
+            sources = [source for source in _data_inputs(node) if source in self.order]
             if _is_source(node) or (sources and holds_tensor(node.meta.get("value"))):
                 self.order[node] = len(self.order)
                 self.inputs[node], self.users[node] = sources, []
@@ -50,6 +62,29 @@ class Dataflow:
             return next(module.parameters(), None) is not None
         return any(_is_weight(source) for source in tensor_inputs(node) if source not in self.order)
 
+    def learns(self, node: fx.Node) -> bool | None:
+        """Whether a node's parameters, its own or passed to it, require gradients; None if it has none.
+
+        A constant that scales or shifts is no parameter; the weight of a layer is one, also when it is frozen.
+        """
+        module = node.meta.get("module")
+        if module is not None:
+            parameters = list(module.parameters())
+            return any(parameter.requires_grad for parameter in parameters) if parameters else None
+        weights = self._passed(node)
+        if any(_requires_grad(weight) for weight in weights):
+            return True
+        return False if weights and kind_of(node) in ("conv", "conv_transpose", "linear", "norm") else None
+
+    def _passed(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors of modules that an operation takes, through what is computed on them before."""
+        found, left = [], [source for source in tensor_inputs(node) if source not in self.order]
+        while left:
+            source = left.pop()
+            found += [source] if source.op == "get_attr" else []
+            left += [below for below in tensor_inputs(source) if below not in self.order]
+        return found
+
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of a node's tensor; None where the value is no single tensor."""
@@ -57,9 +92,42 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return value.shape if isinstance(value, TensorFact) else None
 
 
+def is_within(path: str, module: str) -> bool:
+    """Whether a dotted path is a module's own or that of something inside it; all is inside the root."""
+    return not module or path == module or path.startswith(f"{module}.")
+
+
+def prefixes(path: str) -> list[str]:
+    """`a`, `a.b`, `a.b.c` for `a.b.c`; nothing for the root."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def place_of(node: fx.Node) -> str:
+    """The path of a leaf, or of the module whose forward holds the operation."""
+    path: str = node.meta["path"] if node.op == "call_module" else node.meta["owner"]
+    return path
+
+
+def _data_inputs(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose values the node's value depends on."""
+    before = node.meta.get("continues")
+    if before is not None:
+        return [before]
+    if node.target in _OF_NO_VALUE:
+        return []
+    sources = tensor_inputs(node)
+    return [source for source in sources if source is node.args[0]] if node.target in _OF_THE_FIRST else sources
+
+
 def _is_source(node: fx.Node) -> bool:
     # The input of a lone leaf inside an opaque module is a placeholder of unknown value.
     return node.op == "placeholder" and (holds_tensor(node.meta.get("value")) or bool(node.meta.get("component")))
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    value = node.meta["level_node"].meta.get("value")
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _is_weight(node: fx.Node) -> bool:

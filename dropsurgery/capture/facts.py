@@ -76,10 +76,9 @@ def _channels(node: fx.Node, space: Space) -> dict[str, Any]:
 
 
 def _trainable(flow: Dataflow, spaces: dict[fx.Node, Space], node: fx.Node) -> bool:
-    module = node.meta.get("module")
-    parameters = list(module.parameters()) if module is not None else []
-    if parameters:
-        return any(parameter.requires_grad for parameter in parameters)
+    own = flow.learns(node)
+    if own is not None:
+        return own
     inputs = flow.inputs[node]
     return bool(main_input(node, inputs, spaces).meta["trainable"]) if inputs else True
 

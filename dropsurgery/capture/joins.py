@@ -1,25 +1,36 @@
 """Residual joins: additions that bring a branch back to the place where it forked off.
 
 An addition of two equally shaped operands is a residual join if both come from one tensor, the fork (the latest that
-both depend on), and weighted operations lie between. The operand with fewer weighted operations on its longest way
-from the fork is the shortcut, a projection included; with equally many, both are branches (Shake-Shake).
+both depend on), and a convolution, a linear layer or another operation that mixes positions or channels lies between.
+The operand with fewer of them on its longest way from the fork is the shortcut, a projection included (then the one
+with fewer weights of any kind, then with fewer poolings); with equally many, both are branches (Shake-Shake).
 
 No joins are: additions of a parameter (positional embeddings); merges that upsample on the way, in a decoder or where
 the smaller map is used elsewhere too (FPN, LinkNet); merges of two streams each of which has residual blocks of its
-own (HRNet); sums of parts of one tensor that was split (Res2Net); sums of two heads.
+own (HRNet), or of two tensors that a module was given and that have residual blocks between them (NASNet's cells,
+TNT); sums of parts of one tensor that was split (Res2Net); sums in which the would-be shortcut takes in something
+else than its fork (content and position logits of an attention, gated contexts); sums of two heads.
 """
 
 from __future__ import annotations
 
 import heapq
+import operator
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import fx
 
-from dropsurgery.capture.dataflow import Dataflow, shape_of
+from dropsurgery.capture.dataflow import Dataflow, is_within, shape_of
 from dropsurgery.kinds import kind_of
 
-_MIXING = ("conv", "linear", "conv_transpose")
+_LAYERS = ("conv", "linear", "conv_transpose")
+_MIXING = {operator.matmul, torch.matmul, torch.bmm, torch.einsum, F.scaled_dot_product_attention, "matmul", "bmm"}
+# Between these a sum only rescales what it adds to (GRN, a gate without layers).
+_POINTWISE = ("norm", "norm_act", "activation", "add", "mul", "identity")
+
+Cost = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,14 @@ class Region:
     join: Join
     branch: frozenset[fx.Node]
     shortcut: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One operand of an addition: what lies on the ways from the fork to it, and the cost of the dearest of them."""
+
+    nodes: frozenset[fx.Node]
+    cost: Cost
 
 
 def find_joins(flow: Dataflow, roles: dict[fx.Node, str]) -> tuple[list[Region], dict[fx.Node, str]]:
@@ -79,39 +98,70 @@ class _Finder:
         fork, needed = _fork(self.flow, ends[0], ends[1])
         if fork is None or shape_of(fork) is None:
             return "add has operands that come from no common tensor"
-        ways = [
-            _distances(self.flow, fork, end, [n for n in needed if needed[n] & bit])
-            for end, bit in zip(ends, (1, 2), strict=True)
+        sides = [
+            self._side(fork, end, [n for n in needed if needed[n] & bit]) for end, bit in zip(ends, (1, 2), strict=True)
         ]
-        sides = [frozenset(way) - {fork} for way in ways]
-        if self._merges_resolutions(node, sides):
-            return "add merges different resolutions: an operand is upsampled on its way from the fork"
+        return self._objection(node, fork, sides) or self._oriented(node, fork, sides)
+
+    def _side(self, fork: fx.Node, end: fx.Node, nodes: list[fx.Node]) -> _Side:
+        """What lies between the fork and an operand, of the nodes that the operand needs."""
+        far: dict[fx.Node, Cost] = {fork: (0, 0, 0)}
+        for node in sorted(nodes, key=self.flow.order.__getitem__):
+            ways = [far[source] for source in self.flow.inputs[node] if source in far]
+            if node is not fork and ways and self.flow.order[node] <= self.flow.order[end]:
+                layers, weights, pools = max(ways)
+                own = self._cost(node)
+                far[node] = (layers + own[0], weights + own[1], pools + own[2])
+        return _Side(frozenset(far) - {fork}, far[end])
+
+    def _cost(self, node: fx.Node) -> Cost:
+        kind, weighted = kind_of(node), self.flow.weighted(node)
+        layer = kind in _LAYERS or (weighted and kind is None and node.op == "call_module")
+        return (int(layer), int(weighted), int(kind == "pool"))
+
+    def _objection(self, node: fx.Node, fork: fx.Node, sides: list[_Side]) -> str | None:
+        """Why operands that come from one fork are no branch and shortcut, whichever is which."""
+        inside = sides[0].nodes | sides[1].nodes | {node}
+        if any(kind_of(n) in ("upsample", "conv_transpose") for n in inside):
+            closed = all(user in inside for n in inside - {node} for user in self.flow.users[n])
+            if not closed or self.roles[node] == "decoder":
+                return "add merges different resolutions: an operand is upsampled on its way from the fork"
+        owner = node.meta["owner"]
+        if any(n in self.residual for n in inside) and len(self._entries(inside, owner)) > 1:
+            return "add merges two tensors that its module was given, with residual blocks between them"
+        if not any(sides[0].cost) and not any(sides[1].cost):
+            return "add has no weighted operation between its operands and their fork"
+        if not any(self._mixes(n) for n in inside - {node}):
+            return "add has no convolution, linear layer or pooling between its operands and their fork"
+        return None
+
+    def _entries(self, inside: frozenset[fx.Node], owner: str) -> set[fx.Node]:
+        """The tensors from outside of a module that what lies inside of it takes."""
+        own = {n for n in inside if is_within(n.meta["owner"], owner)}
+        return {source for n in own for source in self.flow.inputs[n] if not is_within(source.meta["owner"], owner)}
+
+    def _mixes(self, node: fx.Node) -> bool:
+        kind = kind_of(node)
+        if kind in _LAYERS or kind == "pool" or node.target in _MIXING:
+            return True
+        return node.op == "call_module" and kind not in _POINTWISE
+
+    def _oriented(self, node: fx.Node, fork: fx.Node, sides: list[_Side]) -> Region | str:
+        """Tell branch from shortcut by cost."""
+        costs = [side.cost for side in sides]
+        shortcut = costs.index(min(costs)) if costs[0] != costs[1] else None
         # An inner sum from the same fork is one more way only (three branches written as two additions).
-        streams = [any(self.residual.get(n, fork) is not fork for n in side) for side in sides]
-        return _oriented(node, fork, sides, [way[end] for way, end in zip(ways, ends, strict=True)], streams)
-
-    def _merges_resolutions(self, node: fx.Node, sides: list[frozenset[fx.Node]]) -> bool:
-        inside = sides[0] | sides[1] | {node}
-        if not any(kind_of(n) in ("upsample", "conv_transpose") for n in inside):
-            return False
-        closed = all(user in inside for side in sides for n in side for user in self.flow.users[n])
-        return not closed or self.roles[node] == "decoder"
-
-
-def _oriented(
-    node: fx.Node, fork: fx.Node, sides: list[frozenset[fx.Node]], weights: list[int], streams: list[bool]
-) -> Region | str:
-    """Tell branch from shortcut by `weights`; `streams` says which side has residual blocks of its own."""
-    if not any(weights):
-        return "add has no weighted operation between its operands and their fork"
-    shortcut = weights.index(min(weights)) if weights[0] != weights[1] else None
-    if any(streams) if shortcut is None else streams[shortcut]:
-        return "add merges two streams that each have residual blocks of their own"
-    if shortcut is not None:
-        return Region(node, Join(fork, (1 - shortcut,), shortcut), sides[1 - shortcut], sides[shortcut])
-    if not all(any(kind_of(n) in _MIXING for n in side) for side in sides):
-        return "add has operands of equal weight, not both with a convolution or linear layer"
-    return Region(node, Join(fork, (0, 1), None), sides[0] | sides[1], frozenset())
+        streams = [any(self.residual.get(n, fork) is not fork for n in side.nodes) for side in sides]
+        if any(streams) if shortcut is None else streams[shortcut]:
+            return "add merges two streams that each have residual blocks of their own"
+        if shortcut is None:
+            if not all(any(kind_of(n) in _LAYERS for n in side.nodes) for side in sides):
+                return "add has operands of equal weight, not both with a convolution or linear layer"
+            return Region(node, Join(fork, (0, 1), None), sides[0].nodes | sides[1].nodes, frozenset())
+        straight = sides[shortcut].nodes | {fork}
+        if not all(source in straight for n in sides[shortcut].nodes for source in self.flow.inputs[n]):
+            return "add has no shortcut: both operands take in something else than their fork"
+        return Region(node, Join(fork, (1 - shortcut,), shortcut), sides[1 - shortcut].nodes, sides[shortcut].nodes)
 
 
 def _fork(flow: Dataflow, left: fx.Node, right: fx.Node) -> tuple[fx.Node | None, dict[fx.Node, int]]:
@@ -121,24 +171,14 @@ def _fork(flow: Dataflow, left: fx.Node, right: fx.Node) -> tuple[fx.Node | None
     """
     needed = {left: 1}
     needed[right] = needed.get(right, 0) | 2
-    queue = [(-flow.order[node], node.name, node) for node in needed]
+    queue = [(-flow.order[node], node) for node in needed]
     heapq.heapify(queue)
     while queue:
-        _, _, node = heapq.heappop(queue)
+        _, node = heapq.heappop(queue)
         if needed[node] == 3:
             return node, needed
         for source in flow.inputs[node]:
             if source not in needed:
-                heapq.heappush(queue, (-flow.order[source], source.name, source))
+                heapq.heappush(queue, (-flow.order[source], source))
             needed[source] = needed.get(source, 0) | needed[node]
     return None, needed
-
-
-def _distances(flow: Dataflow, fork: fx.Node, end: fx.Node, nodes: list[fx.Node]) -> dict[fx.Node, int]:
-    """For each node on a way from fork to `end`: how many weighted operations its longest way has."""
-    far = {fork: 0}
-    for node in sorted(nodes, key=flow.order.__getitem__):
-        ways = [far[source] for source in flow.inputs[node] if source in far]
-        if node is not fork and ways and flow.order[node] <= flow.order[end]:
-            far[node] = max(ways) + flow.weighted(node)
-    return far

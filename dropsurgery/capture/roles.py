@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from dropsurgery.capture.dataflow import Dataflow
+from dropsurgery.capture.dataflow import Dataflow, prefixes
 from dropsurgery.capture.spaces import Space, main_input
 from dropsurgery.kinds import kind_of
 
@@ -40,7 +40,7 @@ def _decoder(flow: Dataflow, spaces: dict[fx.Node, Space]) -> set[fx.Node]:
     seeds = {node for node in flow.order if _change(flow, spaces, node) < 0 and node not in before_descent}
     takers = _input_takers(flow)
     modules = {prefix for seed in seeds for prefix in _outermost(seed, takers)}
-    inside = {node for node in flow.order if modules.intersection(_prefixes(node.meta["owner"]))}
+    inside = {node for node in flow.order if modules.intersection(prefixes(node.meta["owner"]))}
     return flow.closure(seeds | inside)
 
 
@@ -58,18 +58,12 @@ def _input_takers(flow: Dataflow) -> set[str]:
     """The paths of all modules whose forward reads the model's input."""
     inputs = [node for node in flow.order if node.op == "placeholder" and not node.meta.get("component")]
     users = [user for node in inputs for user in flow.users[node]]
-    return {prefix for user in users for prefix in _prefixes(user.meta["owner"])}
+    return {prefix for user in users for prefix in prefixes(user.meta["owner"])}
 
 
 def _outermost(seed: fx.Node, takers: set[str]) -> list[str]:
     """The largest module around a node that does not take the model's input itself (none if all do)."""
-    return [prefix for prefix in _prefixes(seed.meta["owner"]) if prefix not in takers][:1]
-
-
-def _prefixes(path: str) -> list[str]:
-    """`a`, `a.b`, `a.b.c` for `a.b.c`; nothing for the root."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return [prefix for prefix in prefixes(seed.meta["owner"]) if prefix not in takers][:1]
 
 
 def _last_layer(flow: Dataflow) -> set[fx.Node]:

@@ -45,7 +45,7 @@ def find_spaces(flow: Dataflow) -> dict[fx.Node, Space]:
     spaces: dict[fx.Node, Space] = {}
     root: fx.Node | None = None
     for node in flow.order:
-        if node.op == "placeholder":
+        if node.op == "placeholder" and not flow.inputs[node]:
             root = root or node
             spaces[node] = _of_input(node, root)
         else:
@@ -76,14 +76,26 @@ def _follow(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space], 
     if shape is None:
         return replace(before, collapsed=gone)
     axis = _axis(node, before.axis, shape_of(source), shape)
-    space = replace(before, axis=axis, collapsed=gone or len(shape) <= 2)
+    vector = len(shape) <= 2 and shape[:1] == whole[:1]  # positions may also be folded into the batch
+    space = replace(before, axis=axis, collapsed=gone or vector)
     pools = any(kind in ("reduction", "adaptive_pool") for kind in kinds_of(node))
     if len(shape) == 3 and len(whole) == 4 and pools and axis is not None and shape[3 - axis] == 1:
         return replace(space, collapsed=True)
+    if pools and len(shape) == 3:
+        return _pool_tokens(space, math.prod(shape_of(source) or ()) // math.prod(shape), shape[1])
     if len(shape) != len(whole) or len(shape) < 3 or axis not in (1, len(shape) - 1) or shape[0] != whole[0]:
         return space
     size = tuple(extent for index, extent in enumerate(shape) if index not in (0, axis))
     return _resize(node, space, size, pools)
+
+
+def _pool_tokens(space: Space, ratio: int, tokens: int) -> Space:
+    """Account for tokens of which every `ratio` became one (Hiera): the map that they came from shrinks alike."""
+    side = math.isqrt(ratio)
+    if side < 2 or side**2 != ratio or not space.size or math.prod(space.size) != ratio * tokens:
+        return space
+    size = tuple(extent // side for extent in space.size)
+    return replace(space, size=size, reduction=space.reduction * side, level=space.level + round(math.log2(side)))
 
 
 def _resize(node: fx.Node, space: Space, size: tuple[int, ...], pools: bool) -> Space:
