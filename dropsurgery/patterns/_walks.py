@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import fx
 
-from dropsurgery.kinds import conv_fact, data_inputs, kind_of, mixes, tensor_users
+from dropsurgery.kinds import conv_fact, data_inputs, kind_of, kinds_of, mixes, positions, tensor_users
 from dropsurgery.matching import Miss, called
 from dropsurgery.records import Edge, TensorFact
 
@@ -76,6 +76,52 @@ def between(end: fx.Node, start: fx.Node) -> set[fx.Node] | None:
         inside.add(node)
         queue += inputs
     return inside
+
+
+def concatenated(cat: fx.Node) -> list[fx.Node]:
+    """The tensors that a concatenation along the channels joins; none for other axes, or where it hides them."""
+    given = cat.args[0] if cat.args else None
+    value, channels = cat.meta.get("value"), cat.meta["channel_axis"]
+    if not isinstance(given, (list, tuple)) or not isinstance(value, TensorFact):
+        return []
+    dim = cat.kwargs.get("dim", cat.args[1] if len(cat.args) > 1 else 0)
+    rank = len(value.shape)
+    if not isinstance(dim, int) or dim % rank != (1 if channels is None else channels % rank):
+        return []
+    return [each for each in given if isinstance(each, fx.Node)]
+
+
+def enlarges(node: fx.Node) -> bool:
+    """Whether a node upsamples its map."""
+    source = main_input(node)
+    if source is None or kind_of(node) not in ("upsample", "conv_transpose"):
+        return False
+    before, after = positions(source), positions(node)
+    return before is not None and after is not None and after > before
+
+
+def first_inputs(layer: fx.Node) -> list[fx.Node]:
+    """The inputs of the net that a layer reads with no layer, norm or pool before it; none if it is not first."""
+    ends = nearest(
+        data_inputs(layer),
+        data_inputs,
+        lambda node: mixes(node) or kind_of(node) in ("norm", "norm_act", "pool") or not data_inputs(node),
+    )
+    return ends if all(node.op == "placeholder" and not node.meta.get("component") for node in ends) else []
+
+
+def pooled(node: fx.Node) -> bool:
+    """Whether a node outside of the head works on one point that a whole map was pooled to: the layer of a gate."""
+    if node.meta["role"] == "head":
+        return False
+    while positions(node) == 1:
+        before = main_input(node)
+        if before is None:
+            return False
+        if positions(before) != 1:
+            return kind_of(node) in ("reduction", "matmul", "layout") or "adaptive_pool" in kinds_of(node)
+        node = before
+    return False
 
 
 def pointwise_layer(node: fx.Node) -> bool:

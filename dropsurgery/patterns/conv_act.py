@@ -6,13 +6,14 @@ sigmoid only scales another tensor.
 
 from __future__ import annotations
 
-from dropsurgery.kinds import kind_of, kinds_of, positions, skip_identities, tensor_users
+from dropsurgery.kinds import kind_of, kinds_of, skip_identities, tensor_users
 from dropsurgery.matching import After, Into, Match, Pattern, ops
+from dropsurgery.patterns._walks import pooled
 
 
 def _on_a_map(match: Match) -> str | None:
     conv, act = match.nodes["conv"], match.nodes["act"]
-    if positions(conv) == 1 and conv.meta["role"] != "head":
+    if pooled(conv):
         return "conv works on one pooled point: the layer of a gate"
     if "sigmoid" in kinds_of(act) and all(kind_of(user) == "mul" for user in skip_identities(act, tensor_users)):
         return "activation is a gate: it scales another tensor"

@@ -1,43 +1,54 @@
-"""U-Net's two convolutions in a row: (conv ▶ norm? ▶ activation) twice, with the same output width.
+"""U-Net's two convolutions in a row: (conv ▶ norm? ▶ activation) twice, in the encoder or decoder of a net with both.
 
-Both keep the size of the map (stride 1) and see more than a point along each axis, which leaves out stems and
-bottlenecks, and neither lies between a residual join and its fork. Pairs do not overlap: of three convolutions in a
-row (VGG) the first two are one.
+Exactly two, of one width and one kernel larger than 1: the first begins a level (it reads a pooled, upsampled or
+concatenated map, the image, or halves the map itself), the second keeps its size, and in the encoder no third such
+convolution goes on with its result (in the decoder that one is the next block's, as in MAnet). So a VGG's levels of two
+are pairs where it is the encoder of a U-Net, its levels of three are not; nor are stems of three convolutions,
+Inception's branches, blocks with a residual join, or anything in a net without a decoder.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
-from dropsurgery.kinds import conv_fact, kind_of
+from dropsurgery.kinds import ConvFact, conv_fact, kind_of, skip_identities, tensor_users
 from dropsurgery.matching import After, Match, Pattern, ops, units
+from dropsurgery.patterns._walks import main_input
 
 
 def _is_pair(match: Match) -> str | None:
-    convs = (match.nodes["conv"], match.nodes["conv2"])
-    if any(conv.meta["flow"] != "trunk" for conv in convs):
+    first, second = match.nodes["conv"], match.nodes["conv2"]
+    fact, fact2 = conv_fact(first), conv_fact(second)
+    if first.meta["role"] == "backbone":
+        return "the net has no decoder"
+    if any(conv.meta["flow"] != "trunk" for conv in (first, second)):
         return "conv lies inside a residual block"
-    if not _alike(*convs):
-        return "convs differ in width, or have a stride or a kernel of 1"
-    if _pairs_before(convs[0]) % 2:
-        return "conv is the second of another pair"
+    if fact is None or fact2 is None or not _alike(fact, fact2) or max(fact2.stride) > 1:
+        return "convs differ in width or kernel, or have a kernel of 1, or the second has a stride"
+    if max(fact.stride) == 1 and not _begins_a_level(first):
+        return "conv goes on with a layer before it"
+    following = skip_identities(match.nodes["act2"], tensor_users)
+    if first.meta["role"] != "decoder" and any(_goes_on(node, fact2) for node in following):
+        return "a third convolution goes on with the second"
     return None
 
 
-def _alike(first: fx.Node, second: fx.Node) -> bool:
-    facts = [conv_fact(first), conv_fact(second)]
-    wide = all(fact and max(fact.stride) == 1 and min(fact.kernel) > 1 for fact in facts)
-    return wide and first.meta["channels"] == second.meta["channels"]
+def _alike(first: ConvFact, second: ConvFact) -> bool:
+    return min(first.kernel) > 1 and first.kernel == second.kernel and first.out_channels == second.out_channels
 
 
-def _pairs_before(conv: fx.Node) -> int:
-    """How many convolutions directly before this one, and before that one, would pair with their next."""
-    node = conv.args[0]
-    while isinstance(node, fx.Node) and kind_of(node) in ("activation", "norm", "norm_act", "identity"):
-        node = node.args[0] if node.args and len(node.users) == 1 else None
-    if isinstance(node, fx.Node) and kind_of(node) == "conv" and len(node.users) == 1 and _alike(node, conv):
-        return 1 + _pairs_before(node)
-    return 0
+def _begins_a_level(conv: fx.Node) -> bool:
+    """Whether what a convolution reads was not made by a layer at the same size."""
+    source = main_input(conv)
+    while source is not None and kind_of(source) == "identity":
+        source = main_input(source)
+    return source is None or kind_of(source) not in ("activation", "norm", "norm_act", "conv")
+
+
+def _goes_on(node: fx.Node, second: ConvFact) -> bool:
+    """Whether a node is another convolution like those of a pair, at the same size."""
+    fact = conv_fact(node)
+    return fact is not None and fact.kernel == second.kernel and max(fact.stride) == 1
 
 
 _FIRST = [

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dropsurgery.kinds import data_inputs, kind_of, mixes, positions, skip_identities, tensor_users
+from dropsurgery.kinds import data_inputs, kind_of, mixes, skip_identities, tensor_users
 from dropsurgery.matching import After, Pattern, called, ops
-from dropsurgery.patterns._walks import between, depthwise, found, into_all, nearest, pointwise_layer, reason
+from dropsurgery.patterns._walks import between, depthwise, found, into_all, nearest, pointwise_layer, pooled, reason
 from dropsurgery.records import Edge
 
 _INSIDE = ("identity", "layout", "activation", "norm", "norm_act", "add", "mul", "conv", None)
@@ -86,7 +86,7 @@ def _not_hidden(hidden: fx.Node, first: list[fx.Node], inside: set[fx.Node]) -> 
         return "the hidden tensor comes from several layers of different inputs"
     if not any(kind_of(node) in ("activation", "norm_act") for node in inside):
         return "no activation between the layers"
-    if positions(first[0]) == 1 and first[0].meta["role"] != "head":
+    if pooled(first[0]):
         return "the layers work on one pooled point: those of a gate"
     other = [node for node in inside if kind_of(node) not in _INSIDE]
     if other:

@@ -12,22 +12,8 @@ from torch import fx
 
 from dropsurgery.kinds import data_inputs, kind_of, kinds_of
 from dropsurgery.matching import After, Match, Pattern, called, ops
-from dropsurgery.patterns._walks import found, main_input, nearest, reason, size
+from dropsurgery.patterns._walks import concatenated, enlarges, found, main_input, nearest, reason
 from dropsurgery.records import Edge
-
-
-def _operands(cat: fx.Node) -> list[fx.Node]:
-    """The tensors that a concatenation along the channels joins; none for other axes, or where it hides them."""
-    given = cat.args[0] if cat.args else None
-    if not isinstance(given, (list, tuple)) or not all(isinstance(each, fx.Node) for each in given):
-        return []
-    dim = cat.kwargs.get("dim", cat.args[1] if len(cat.args) > 1 else 0)
-    return list(given) if dim in (cat.meta["channel_axis"], 1, -3) else []
-
-
-def _enlarges(node: fx.Node) -> bool:
-    source = main_input(node)
-    return kind_of(node) in ("upsample", "conv_transpose") and source is not None and size(node) > size(source)
 
 
 def _upsampled(operand: fx.Node) -> bool:
@@ -41,24 +27,24 @@ def _upsampled(operand: fx.Node) -> bool:
             continue
         if enlarged and ("adaptive_pool" in kinds_of(node) or kind_of(node) == "reduction"):
             return False
-        enlarged = enlarged or _enlarges(node)
+        enlarged = enlarged or enlarges(node)
         node = main_input(node)
     return enlarged
 
 
 def _skips(operand: fx.Node) -> bool:
     """Whether a tensor comes from the encoder without upsampling, or is a concatenation with such a part."""
-    if not nearest([operand], data_inputs, _enlarges):
+    if not nearest([operand], data_inputs, enlarges):
         return True
     node: fx.Node | None = operand
     while node is not None and kind_of(node) == "identity":
         node = main_input(node)
-    return node is not None and kind_of(node) == "cat" and any(map(_skips, _operands(node)))
+    return node is not None and kind_of(node) == "cat" and any(map(_skips, concatenated(node)))
 
 
 def _parts(cat: fx.Node) -> tuple[list[int], list[int]] | str:
     """The indices of the operands that skip and of those that were upsampled."""
-    operands = _operands(cat)
+    operands = concatenated(cat)
     if len(operands) < 2:
         return f"{called(cat)} does not join maps along their channels"
     upsampled = [index for index, operand in enumerate(operands) if _upsampled(operand)]

@@ -6,32 +6,20 @@
 
 from __future__ import annotations
 
-from torch import fx
-
-from dropsurgery.kinds import data_inputs, kind_of, mixes, tensor_users
+from dropsurgery.kinds import kind_of, tensor_users
 from dropsurgery.matching import Match, Pattern, called, ops
-from dropsurgery.patterns._walks import nearest, only_user
+from dropsurgery.patterns._walks import first_inputs, only_user
 from dropsurgery.records import Edge
-
-
-def _images(layer: fx.Node) -> list[fx.Node]:
-    """The inputs of the net that a layer reads without another layer or a norm in between; none if it is not first."""
-    ends = nearest(
-        data_inputs(layer),
-        data_inputs,
-        lambda node: mixes(node) or kind_of(node) in ("norm", "norm_act", "pool") or not data_inputs(node),
-    )
-    return ends if all(node.op == "placeholder" and not node.meta.get("component") for node in ends) else []
 
 
 def _is_first(match: Match) -> str | None:
     layer = match.nodes["layer"]
-    return None if _images(layer) else f"{called(layer)} is not the first layer"
+    return None if first_inputs(layer) else f"{called(layer)} is not the first layer"
 
 
 def _input(match: Match) -> tuple[Edge, ...]:
     edges: dict[Edge, None] = {}
-    for image in _images(match.nodes["layer"]):
+    for image in first_inputs(match.nodes["layer"]):
         users = tensor_users(image)
         positions = [at for user in users for at, value in enumerate(user.args) if value is image]
         alone = len(users) == 1 and len(positions) == 1 and users[0].op != "output"
