@@ -1,0 +1,203 @@
+"""Every bundled recipe trains: real optimizer steps on a small net of its family.
+
+The loss is finite, every parameter moves, the rates follow the schedule, the noise acts in training and follows the
+seed, and in eval the net is the one that `strip` gives back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet, resnet
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from dropsurgery import apply_recipe, strip
+from dropsurgery.recipe import bundled
+
+STEPS = 3
+IMAGES = (2, 3, 64, 64)
+WIDTHS = (8, 16, 32, 64)
+
+
+class Case(NamedTuple):
+    """A small net, what it is called with in training, and what in eval."""
+
+    model: nn.Module
+    training: tuple[Any, ...]
+    testing: tuple[Any, ...]
+
+
+def classifier(name: str, **options: Any) -> Callable[[], Case]:
+    """A timm net of ten classes."""
+
+    def make() -> Case:
+        images = torch.randn(IMAGES)
+        return Case(timm.create_model(name, num_classes=10, **options), (images,), (images,))
+
+    return make
+
+
+def segmenter(architecture: str, encoder: str = "resnet18", **options: Any) -> Callable[[], Case]:
+    """An SMP net of two classes."""
+
+    def make() -> Case:
+        images = torch.randn(IMAGES)
+        model = getattr(smp, architecture)(encoder, encoder_weights=None, classes=2, **options)
+        return Case(model, (images,), (images,))
+
+    return make
+
+
+def detector(norm: type[nn.Module]) -> Callable[[], Case]:
+    """A RetinaNet on a thin ResNet-FPN, with one box an image."""
+
+    def make() -> Case:
+        body = ResNet(resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16, norm_layer=norm)
+        levels = {f"layer{index}": str(index) for index in (2, 3, 4)}
+        fpn = BackboneWithFPN(body, levels, [512, 1024, 2048], out_channels=16)
+        anchors = AnchorGenerator(tuple((size,) for size in (8, 16, 32, 64)), ((1.0,),) * 4)
+        model = RetinaNet(fpn, 3, min_size=64, max_size=64, anchor_generator=anchors, score_thresh=0.0)
+        images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+        boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
+        targets = [{"boxes": boxes, "labels": torch.tensor([1])} for _ in images]
+        return Case(model, (images, targets), (images,))
+
+    return make
+
+
+_CONVNEXT: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": WIDTHS}
+_SWIN: dict[str, Any] = {
+    "img_size": 64,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 2, 2, 4),
+    "drop_path_rate": 0.0,
+}
+_UNET: dict[str, Any] = {"decoder_channels": (32, 16, 16, 8, 8)}
+_VIT: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
+_RESNET = classifier("resnet26", channels=WIDTHS, layers=(1, 1, 1, 1))
+CASES: dict[str, list[Callable[[], Case]]] = {
+    "classifier_dropout": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
+    "dropblock_convnext_g34": [classifier("convnext_tiny", **_CONVNEXT), classifier("convnext_atto", **_CONVNEXT)],
+    "dropblock_efficientnet_g34": [classifier("efficientnet_b0"), classifier("mobilenetv3_small_050")],
+    "dropblock_fpn_backbone": [segmenter("FPN", decoder_dropout=0.0)],
+    "dropblock_fpn_decoder": [segmenter("FPN", decoder_dropout=0.0), segmenter("UPerNet", decoder_channels=32)],
+    "dropblock_nasnet_cells": [classifier("nasnetalarge", stem_size=8, num_features=96)],
+    "dropblock_regnet_g34": [classifier("regnetx_002"), classifier("regnety_002")],
+    "dropblock_resnet_g34": [_RESNET],
+    "dropblock_resnet_g34_conv_only": [_RESNET],
+    "dropblock_resnet_g4": [_RESNET],
+    "dropblock_resnet_heavy": [_RESNET],
+    "dropblock_retinanet": [detector(nn.BatchNorm2d), detector(FrozenBatchNorm2d)],
+    "dropblock_unet_double_conv": [
+        segmenter("Unet", "vgg11_bn", **_UNET),
+        segmenter("UnetPlusPlus", **_UNET),
+        segmenter("MAnet", **_UNET),
+    ],
+    "dropout_resnet_g34": [_RESNET],
+    "dropout_vit": [classifier("vit_tiny_patch16_224", **_VIT), classifier("swin_tiny_patch4_window7_224", **_SWIN)],
+    "spatial_dropout_resnet_g34": [_RESNET],
+    "stochastic_depth_linear": [_RESNET, classifier("vit_tiny_patch16_224", **_VIT)],
+    "stochastic_depth_row": [classifier("convnext_tiny", **_CONVNEXT)],
+    "unet_heavy": [segmenter("Unet", **_UNET), segmenter("MAnet", **_UNET)],
+    "vit_heavy": [classifier("vit_tiny_patch16_224", **_VIT)],
+}
+RUNS = [
+    pytest.param(recipe, make, id=f"{recipe}-{index}")
+    for recipe, makes in CASES.items()
+    for index, make in enumerate(makes)
+]
+
+
+def test_every_recipe_is_trained() -> None:
+    assert set(CASES) == set(bundled())
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """The model with no residual branch that begins at zero: there noise would have nothing to act on."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if name in ("weight", "gamma") and weight.dim() == 1:
+                nn.init.uniform_(weight, 0.5, 1.5)
+    return model
+
+
+def loss_of(output: Any) -> Tensor:
+    """A loss on any output: a detector's own losses, else the mean square of all tensors."""
+    losses = [tensor if tensor.dim() == 0 else tensor.square().mean() for tensor in tensors(output)]
+    return torch.stack(losses).sum()
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in an output, in order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple)):
+        for item in output:
+            yield from tensors(item)
+    elif isinstance(output, dict):
+        yield from tensors(list(output.values()))
+
+
+def rates(gm: Any) -> dict[str, float]:
+    """The current rate of each regularizer that has one called p."""
+    return {site: float(regularizer.p) for site, regularizer in gm.surgery.regularizers.items()}
+
+
+def expected_rates(gm: Any, progress: float) -> dict[str, float]:
+    """What the recipe's schedules ask for; the bundled recipes have linear and constant ones."""
+    factors = {"linear": progress, "constant": 1.0}
+    return {edit.site.id: edit.p * factors[str(edit.schedule)] for edit in gm.surgery.plan.edits}
+
+
+def train(gm: Any, batch: tuple[Any, ...]) -> None:
+    """Take the steps of a training, and check loss and rates at each."""
+    optimizer = torch.optim.Adam(gm.parameters(), lr=1e-3, eps=1e-20)  # moves what has the least gradient
+    gm.train()
+    for step in range(STEPS):
+        assert rates(gm) == pytest.approx(expected_rates(gm, step / STEPS))
+        optimizer.zero_grad()
+        loss = loss_of(gm(*batch))
+        assert loss.isfinite()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert rates(gm) == pytest.approx(expected_rates(gm, 1.0))
+
+
+def outputs(gm: nn.Module, batch: tuple[Any, ...], seed: int) -> list[Tensor]:
+    """All tensors that come out under a seed of torch's generator."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return list(tensors(gm(*batch)))
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+@pytest.mark.parametrize(("recipe", "make"), RUNS)
+def test_recipe_trains(recipe: str, make: Callable[[], Case]) -> None:
+    torch.manual_seed(0)
+    case = make()
+    gm: Any = apply_recipe(awake(case.model), recipe, example_inputs=case.testing, total_steps=STEPS)
+    before = {name: parameter.detach().clone() for name, parameter in gm.named_parameters()}
+    train(gm, case.training)
+    still = [name for name, parameter in gm.named_parameters() if torch.equal(parameter, before[name])]
+    assert not still
+    noisy = outputs(gm, case.training, seed=1)
+    assert equal(noisy, outputs(gm, case.training, seed=1))
+    assert not equal(noisy, outputs(gm, case.training, seed=2))
+    with gm.surgery.active(p=0.0):  # the model has no noise of its own that could be taken for the recipe's
+        assert equal(outputs(gm, case.training, seed=1), outputs(gm, case.training, seed=2))
+    stripped = strip(gm).eval()
+    assert equal(outputs(gm.eval(), case.testing, seed=1), outputs(stripped, case.testing, seed=2))
