@@ -1,4 +1,4 @@
-"""Every bundled recipe does on the models that it names what it says: so many edits, and some by each of its entries."""
+"""Every bundled recipe does on the models that it names what it says: so many edits, some by each of its entries."""
 
 from __future__ import annotations
 

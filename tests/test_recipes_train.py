@@ -169,7 +169,7 @@ def train(gm: Any, batch: tuple[Any, ...]) -> None:
         optimizer.zero_grad()
         loss = loss_of(gm(*batch))
         assert loss.isfinite()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     assert rates(gm) == pytest.approx(expected_rates(gm, 1.0))
 
