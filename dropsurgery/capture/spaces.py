@@ -43,14 +43,14 @@ class Space:
 def find_spaces(flow: Dataflow) -> dict[fx.Node, Space]:
     """The space of every node of the dataflow."""
     spaces: dict[fx.Node, Space] = {}
-    root: fx.Node | None = None
+    sources = [shape for node in flow.order if not flow.inputs[node] and (shape := shape_of(node)) is not None]
+    whole = next((shape for shape in sources if len(shape) > 3), sources[0] if sources else ())
     for node in flow.order:
-        if node.op == "placeholder" and not flow.inputs[node]:
-            root = root or node
-            spaces[node] = _of_input(node, root)
+        inputs = flow.inputs[node]
+        if not inputs or (shape_of(inputs[0]) is None and not flow.inputs[inputs[0]]):  # also a part of a container
+            spaces[node] = _of_input(shape_of(node) or (), whole)
         else:
-            assert root is not None
-            spaces[node] = _follow(node, flow.inputs[node], spaces, shape_of(root) or ())
+            spaces[node] = _follow(node, inputs, spaces, whole)
     return spaces
 
 
@@ -61,8 +61,7 @@ def main_input(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space
     return max(inputs, key=lambda source: (math.prod(shape_of(source) or ()), spaces[source].axis is not None))
 
 
-def _of_input(node: fx.Node, root: fx.Node) -> Space:
-    shape, whole = shape_of(node) or (), shape_of(root) or ()
+def _of_input(shape: tuple[int, ...], whole: tuple[int, ...]) -> Space:
     if len(shape) < 3:
         return Space(len(shape) - 1 if len(shape) == 2 else None, None, 1.0, 0)
     shrunk = max(1.0, whole[-1] / shape[-1]) if len(whole) == len(shape) else 1.0  # a part inside an opaque module
