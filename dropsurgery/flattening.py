@@ -7,6 +7,7 @@ are edits in it: then what it had decided is checked as the graph runs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +17,12 @@ from dropsurgery.capture import Leaf, Level, Opaque, record
 from dropsurgery.capture.view import flat_view
 from dropsurgery.emission import example_of
 from dropsurgery.errors import SurgeryError
-from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, leaf_level, whole_call
+from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, leaf_level, spread, whole_call
 from dropsurgery.graph import build_result
-from dropsurgery.trees import HOOKS, attribute_at
+from dropsurgery.trees import HOOKS, attribute_at, own_class
 
 _WHOLE = "model"
+_BY_POSITION = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
 def expect(value: Any, expected: Any, what: str) -> None:
@@ -36,6 +38,19 @@ def expect(value: Any, expected: Any, what: str) -> None:
         )
 
 
+class _Whole(nn.Module):
+    """A model that is called with the values of all its parameters in order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *values: Any) -> Any:
+        """Call the model."""
+        args, kwargs = spread(own_class(self.model).forward, values)
+        return self.model(*args, **kwargs)
+
+
 def flatten(gm: nn.Module) -> fx.GraphModule:
     """A flat GraphModule that shares all leaves with the emitted tree and computes the same."""
     root = record(gm, *example_of(gm))
@@ -45,7 +60,8 @@ def flatten(gm: nn.Module) -> fx.GraphModule:
         graph = flat_view(root, inline=_inlined).graph
         build_result(graph)
         return fx.GraphModule(gm, graph)
-    return fx.GraphModule({_WHOLE: gm}, whole_call(gm, _WHOLE))
+    kinds = {parameter.kind for parameter in inspect.signature(own_class(gm).forward).parameters.values()}
+    return fx.GraphModule({_WHOLE: gm if kinds <= _BY_POSITION else _Whole(gm)}, whole_call(gm, _WHOLE))
 
 
 def _levels(call: Level | Opaque | Leaf) -> Iterator[Level]:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dropsurgery.capture import Leaf, Level, record
 from dropsurgery.capture.levels import map_tree
 from dropsurgery.errors import CaptureError, SurgeryError
-from dropsurgery.graph import LocalName, build_result, carve, insert_after, insert_on, local_names
+from dropsurgery.graph import LocalName, build_result, carve, insert_after, insert_on, local_names, write_back
 from dropsurgery.trees import attribute_at, own_class
 
 SLOTS = "_surgery"
@@ -230,6 +230,8 @@ def apply_edits(graph: fx.Graph, edits: tuple[LocalEdit, ...], module: nn.Module
 def _same_region(node: fx.Node, made: fx.Node) -> None:
     if "region" in node.meta:
         made.meta["region"] = node.meta["region"]
+        if made.target is write_back:
+            _same_region(node, made.args[1])
 
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:
@@ -292,7 +294,9 @@ class Own(Part):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
         owner: nn.Module = self.__dict__["_of"]
-        return own_class(owner).forward(owner, *args, **kwargs)
+        forward = own_class(owner).forward
+        given, named = spread(forward, args)
+        return forward(owner, *given, **named, **kwargs)
 
 
 # -- choosing a variant --------------------------------------------------------------------------------------------
@@ -443,11 +447,28 @@ def _guarded_way(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return way
 
 
+def spread(forward: Callable[..., Any], values: tuple[Any, ...]) -> Example:
+    """The values of all parameters of a forward but `self`, in order, as the arguments to call it with."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for parameter, value in zip(list(inspect.signature(forward).parameters.values())[1:], values, strict=False):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            args += value
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            kwargs.update(value)
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs[parameter.name] = value
+        else:
+            args.append(value)
+    return tuple(args), kwargs
+
+
 def whole_call(module: nn.Module, target: str) -> fx.Graph:
     """A graph that is one call, with the parameters of the module's forward."""
     graph = fx.Graph()
     parameters = list(inspect.signature(own_class(module).forward).parameters.values())[1:]
-    nodes = [graph.placeholder(p.name, default_value=p.default) for p in parameters]
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    nodes = [graph.placeholder(stars.get(p.kind, "") + p.name, default_value=p.default) for p in parameters]
     graph.output(graph.call_module(target, tuple(nodes)))
     return graph
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from dropsurgery.capture.levels import Guard, Level, Opaque, like_dict, map_tree
-from dropsurgery.capture.traced import INPLACE, Traced, TracedSize, Untraceable
+from dropsurgery.capture.traced import INPLACE, Traced, TracedItem, TracedSize, Untraceable
 
 if TYPE_CHECKING:
     from dropsurgery.capture.recorder import Recorder
@@ -112,13 +112,13 @@ class Frame:
         if not isinstance(container, dict) or not before.items() <= container.items():
             return False
         gained = [value for key, value in container.items() if key not in before]
-        anew = all(type(value) is Traced and not _from_input(value._node) for value in gained)
+        anew = all(isinstance(value, Traced) and not _from_input(value._node) for value in gained)
         return anew and not _written(self.graph)
 
     def makes_anew(self, name: str, value: Any) -> bool:
         """Whether an attribute may be set to a value for the time of the recording."""
         fields = self.probe.__dict__
-        if type(value) is not Traced or value._frame is not self or _from_input(value._node, weights=True):
+        if not isinstance(value, Traced) or value._frame is not self or _from_input(value._node, weights=True):
             return False
         if name in fields["_buffers"]:
             if name not in fields["_non_persistent_buffers_set"]:
@@ -147,7 +147,8 @@ class Frame:
 
     def _length_guard(self, node: fx.Node, name: str, value: Any) -> None:
         """Python unpacks as many tensors as there are: another size may give more or fewer."""
-        if name in _BY_SIZE and not any(isinstance(item, (list, tuple)) for item in node.args[1:]):
+        listed = any(isinstance(item, (list, tuple)) for item in node.args[1:])
+        if name in _BY_SIZE and not listed and not _written_out(node, name):
             self.guard(self.graph.call_function(len, (node,)), len(value), "the number of parts")
 
     # -- regions: activation checkpoints, blocks without gradients or under autocast -------------------------------
@@ -193,8 +194,7 @@ class Frame:
             with torch._C.DisableTorchFunction():
                 sizes = tuple(tensor._value.shape)
             shape = self.graph.call_function(getattr, (node, "shape"))
-            items = [self.graph.call_function(operator.getitem, (shape, i)) for i in range(len(sizes))]
-            self._shapes[node] = TracedSize(Traced(self, item, size) for item, size in zip(items, sizes, strict=True))
+            self._shapes[node] = TracedSize(TracedItem(self, shape, index, size) for index, size in enumerate(sizes))
         return self._shapes[node]
 
     def input(self, node: fx.Node, value: Any) -> Any:
@@ -210,7 +210,7 @@ class Frame:
 
     def call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = self.recorder.values
-        return self._record("call_method", name, args, kwargs, lambda a, k: values.run(getattr(a[0], name), a[1:], k))
+        return self._record("call_method", name, args, kwargs, lambda a, k: values.of_method(name, a, k))
 
     def guarded_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a method from the example, and note it."""
@@ -314,8 +314,7 @@ class Frame:
         """The stand-in for a node; a container is unpacked, so that Python sees its real structure."""
         node.meta["value"] = value
         if type(value) is torch.Size:
-            items = [self.wrap(self.graph.call_function(operator.getitem, (node, i)), v) for i, v in enumerate(value)]
-            return TracedSize(items)
+            return TracedSize(TracedItem(self, node, index, size) for index, size in enumerate(value))
         if isinstance(value, (list, tuple)):
             items = [self.wrap(self.graph.call_function(operator.getitem, (node, i)), v) for i, v in enumerate(value)]
             if hasattr(value, "_fields"):
@@ -364,7 +363,7 @@ class Frame:
         return self.graph.call_function(kind, (items,))
 
     def _to_node(self, item: Any) -> Any:
-        if type(item) is Traced:
+        if isinstance(item, Traced):
             if item._frame is not self:
                 raise Untraceable("a tensor comes from another module's forward by a way that is no argument")
             return item._node
@@ -387,7 +386,7 @@ class Frame:
         return self._attributes[name]
 
     def to_values(self, tree: Any) -> Any:
-        return map_tree(tree, lambda item: item._value if type(item) is Traced else item)
+        return map_tree(tree, lambda item: item._value if isinstance(item, Traced) else item)
 
 
 def under(context: Callable[..., Any], options: tuple[Any, ...], function: Callable[..., Any], *inputs: Any) -> Any:
@@ -445,6 +444,34 @@ def _written(graph: fx.Graph) -> bool:
             first, *others = node.all_input_nodes
             if any(map(_from_input, others)) and not _from_input(first):
                 return True
+    return False
+
+
+def _written_out(node: fx.Node, name: str) -> bool:
+    """Whether the code itself says how many parts there are: `x.reshape(n, 3, c).unbind(1)`."""
+    source: Any = node.args[0]
+    position = 1 if name == "unbind" else 2
+    axis: Any = node.kwargs.get("dim", node.args[position] if len(node.args) > position else 0)
+    while isinstance(source, fx.Node) and isinstance(axis, int):
+        value = source.meta.get("value")
+        if not isinstance(value, torch.Tensor):
+            return False
+        axis %= value.ndim
+        called = source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
+        given: Any = source.args[1:]
+        given = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+        if called in ("reshape", "view"):
+            return len(given) == value.ndim and isinstance(given[axis], int) and given[axis] >= 0
+        if not all(isinstance(item, int) for item in given):
+            return False
+        if called == "permute":
+            axis = given[axis]
+        elif called == "transpose":
+            first, second = (item % value.ndim for item in given)
+            axis = {first: second, second: first}.get(axis, axis)
+        else:
+            return False
+        source = source.args[0]
     return False
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 from dropsurgery.trees import own_class
 
+_CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Values on the class that an instance may override later.
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
@@ -40,7 +41,14 @@ def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
         if recorder is None or recorder.writes(self, name, value):
             super(probe_class, self).__setattr__(name, value)
 
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fields = object.__getattribute__(self, "__dict__")
+        if "_recorder" not in fields or any(fields[name] for name in _CALL_HOOKS):
+            return super(probe_class, self).__call__(*args, **kwargs)
+        return fields["_recorder"].intercept(self, args, kwargs)
+
     namespace = {
+        "__call__": __call__,
         "__getattribute__": __getattribute__,
         "__getattr__": __getattr__,
         "__setattr__": __setattr__,

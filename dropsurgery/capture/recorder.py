@@ -9,11 +9,12 @@ it is run once more on plain fake values so that its children are recorded all t
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ class Recorder(TorchFunctionMode):
         self._observed: list[_Observed] | None = None
         self._paths = paths_of(self.root)
         self._start = self.root
+        self.watches_draws = False
         self._collectors = {id(collector) for collector in collectors_of(self.root)}
         packages = set(filter(_is_installed, {_package(type(module)) for module in copies} - {"torch"}))
         for probe in self.original:
@@ -75,6 +77,9 @@ class Recorder(TorchFunctionMode):
                 hooks = fields.get(name) or {}
                 for key in [key for key, hook in hooks.items() if not self._is_own(hook, packages)]:
                     del hooks[key]
+
+    def _same_draws(self) -> Any:
+        return same_draws() if self.watches_draws else nullcontext()
 
     def _is_own(self, hook: Any, packages: set[str]) -> bool:
         """Whether a hook is a part of the model (it collects what a forward gives out), and not put there by a user."""
@@ -131,7 +136,7 @@ class Recorder(TorchFunctionMode):
             with self.aside():
                 return Leaf(module, path), self.values.of_leaf(module, forward, args, kwargs)
         frame = Frame(self, probe, path)
-        with same_draws():
+        with self._same_draws():
             try:
                 return frame.level, self._run_level(frame, forward, args, kwargs)
             except ModelFailed:
@@ -141,14 +146,14 @@ class Recorder(TorchFunctionMode):
             finally:
                 frame.close()
         opaque = Opaque(module, path, f"{type(failed).__name__}: {failed}", (args, kwargs))
-        with same_draws(), self.aside():
+        with self._same_draws(), self.aside():
             return opaque, self._run_opaque(opaque, probe, data)
 
     def _run_level(self, frame: Frame, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame.level.inputs = map_tree((args, kwargs), lambda item: item)  # the forward may change lists given to it
         with frame.binding():
             traced_args, traced_kwargs = placeholders(frame, forward, args, kwargs)
-        drawn = draws()
+        drawn = draws() if self.watches_draws else None
         self.frames.append(frame)
         try:
             with self:
@@ -156,7 +161,7 @@ class Recorder(TorchFunctionMode):
         finally:
             self.frames.pop()
         frame.settle()
-        if draws() != drawn:
+        if self.watches_draws and draws() != drawn:
             raise Untraceable("draws random numbers that are not torch's")
         output = frame.to_nodes(result)
         frame.give_back()
@@ -244,7 +249,7 @@ class Recorder(TorchFunctionMode):
         if not self.frames or self.values.running:
             return value
         frame = self.frames[-1]
-        if type(value) is Traced:  # set by this forward
+        if isinstance(value, Traced):  # set by this forward
             return value
         if id(value) in self._collectors:
             raise Untraceable(f"takes from its attribute {name!r} what hooks have put there")
@@ -266,7 +271,7 @@ class Recorder(TorchFunctionMode):
         frame = self.frames[-1]
         if probe is frame.probe and frame.makes_anew(name, value):
             return True
-        if type(value) is Traced and value._node.target in INPLACE:
+        if isinstance(value, Traced) and value._node.target in INPLACE:
             changed = value._node.args[0]
             if isinstance(changed, fx.Node) and changed.op == "get_attr" and changed.target == name:
                 return False
@@ -329,20 +334,43 @@ def record(
     Raises:
         CaptureError: the model's own forward raises on these inputs; its error is the cause.
     """
-    with _LOCK, torch.random.fork_rng(devices=[]):
-        recorder = Recorder(root, training)
-        recorder._start = probe = recorder.root.get_submodule(path)
-        faked = recorder.fake((args, kwargs))
-        data = (args, kwargs) if has_data((args, kwargs)) else None
-        try:
-            with recorder.aside(), watched(recorder):
-                call: Level | Opaque | Leaf = recorder.record_call(probe, faked[0], faked[1], data)[0]
-                return call
-        except ModelFailed as failure:
-            where = f", in '{failure}'" if str(failure) else ""
-            raise CaptureError(
-                f"the model's forward raises on the example input {describe(args, kwargs)}{where}: "
-                f"{failure.__cause__!r}. Give `example_inputs` that the model accepts."
-            ) from failure.__cause__
-        finally:
-            recorder.release()
+    with _LOCK, torch.random.fork_rng(devices=[]), _undisturbed(), same_draws() as drawn:
+        call = _record(root, args, kwargs, path, training, watches_draws=False)
+        # To look after each forward would take longer than all the rest, and hardly any draws such numbers.
+        return _record(root, args, kwargs, path, training, watches_draws=True) if drawn() else call
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No cache of autocast (it would keep fake copies of the weights), no collection of garbage (all is still used)."""
+    cached, collects = torch.is_autocast_cache_enabled(), gc.isenabled()
+    torch.set_autocast_cache_enabled(False)
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        if collects:
+            gc.enable()
+
+
+def _record(
+    root: nn.Module, args: Any, kwargs: Any, path: str, training: bool | None, *, watches_draws: bool
+) -> Level | Opaque | Leaf:
+    recorder = Recorder(root, training)
+    recorder.watches_draws = watches_draws
+    recorder._start = probe = recorder.root.get_submodule(path)
+    faked = recorder.fake((args, kwargs))
+    data = (args, kwargs) if has_data((args, kwargs)) else None
+    try:
+        with recorder.aside(), watched(recorder):
+            call: Level | Opaque | Leaf = recorder.record_call(probe, faked[0], faked[1], data)[0]
+            return call
+    except ModelFailed as failure:
+        where = f", in '{failure}'" if str(failure) else ""
+        raise CaptureError(
+            f"the model's forward raises on the example input {describe(args, kwargs)}{where}: "
+            f"{failure.__cause__!r}. Give `example_inputs` that the model accepts."
+        ) from failure.__cause__
+    finally:
+        recorder.release()

@@ -173,6 +173,28 @@ class Traced:
         self._frame.call_function(operator.setitem, (self, key, value), {})
 
 
+class TracedItem(Traced):
+    """One of the sizes of a shape; it becomes a node when something is done with it."""
+
+    __slots__ = ("_index", "_made", "_shape")
+
+    def __init__(self, frame: Frame, shape: fx.Node, index: int, value: int) -> None:
+        object.__setattr__(self, "_frame", frame)
+        object.__setattr__(self, "_value", value)
+        object.__setattr__(self, "_shape", shape)
+        object.__setattr__(self, "_index", index)
+        object.__setattr__(self, "_made", None)
+
+    @property
+    def _node(self) -> fx.Node:  # type: ignore[override]
+        if self._made is None:
+            made = self._frame.graph.call_function(operator.getitem, (self._shape, self._index))
+            made.meta["value"] = self._value
+            object.__setattr__(self, "_made", made)
+        node: fx.Node = self._made
+        return node
+
+
 def _forward(function: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Traced, *args: Any) -> Any:
         return self._frame.call_function(function, (self, *args), {})

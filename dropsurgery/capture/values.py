@@ -20,6 +20,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from dropsurgery.capture.levels import map_tree
+
 # Where torch prints a traceback of every op that refuses its fake input, before it raises.
 _torch_log = logging.getLogger("torch._subclasses.fake_tensor")
 _is_autocast_enabled = torch.is_autocast_enabled  # not the one that notes who asks while a forward is recorded
@@ -67,6 +69,34 @@ _UNARY = frozenset(
         torch.sigmoid,
     }
 )
+# Deterministic functions whose result on the meta device says all: no dispatch of fake tensors is needed.
+_BY_META_NAMES = (
+    *("add", "amax", "amin", "avg_pool1d", "avg_pool2d", "baddbmm", "bmm", "chunk", "clamp", "clone", "contiguous"),
+    *(
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "cos",
+        "cumsum",
+        "detach",
+        "div",
+        "einsum",
+        "exp",
+        "expand",
+        "expand_as",
+        "flatten",
+    ),
+    *("flip", "float", "gather", "group_norm", "interpolate", "layer_norm", "linear", "log", "masked_fill", "matmul"),
+    *("max_pool2d", "mean", "movedim", "mul", "narrow", "neg", "norm", "normalize", "pad", "permute", "pixel_shuffle"),
+    *("pow", "repeat", "repeat_interleave", "reshape", "roll", "rsqrt", "select", "sigmoid", "sin", "softmax", "split"),
+    *("sqrt", "squeeze", "stack", "sub", "sum", "swapaxes", "tanh", "tile", "transpose", "unbind", "unflatten"),
+    *("unfold", "unsqueeze", "var", "view", "view_as", "where", "adaptive_avg_pool2d", "pixel_unshuffle"),
+    *("scaled_dot_product_attention", "type_as", "t", "addcmul", "log_softmax", "outer", "meshgrid"),
+)
+_BY_META = frozenset(
+    [getattr(home, name) for name in _BY_META_NAMES for home in (torch, F, torch.Tensor) if hasattr(home, name)]
+    + [getattr(operator, name) for name in ("getitem", "matmul", "neg", "pow", "sub", "truediv", "add", "mul")]
+)
 
 
 class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -80,6 +110,7 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
         super().__init__(allow_non_fake_inputs=True)
         self.drew = False
         self.running = 0
+        self._of_leaves: dict[Any, Any] = {}
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -94,7 +125,43 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
     def like(self, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """A fake tensor of the same dtype and device, of the same or of another shape."""
         elem = torch.empty(tensor.shape if shape is None else shape, dtype=tensor.dtype, device="meta")
-        return FakeTensor(self, elem, tensor.device)
+        return self._fake(elem, tensor.device)
+
+    def _fake(self, elem: torch.Tensor, device: torch.device) -> torch.Tensor:
+        made: Any = FakeTensor(self, elem, device)
+        made._meta = elem
+        return made  # type: ignore[no-any-return]
+
+    def _by_meta(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function on the meta device. `NotImplemented` where that would not tell all."""
+        fakes: dict[int, torch.Tensor] = {}
+
+        def lower(item: Any) -> Any:
+            if not isinstance(item, torch.Tensor):
+                return item
+            twin = _twin(item)
+            fakes[id(twin)] = item
+            return twin
+
+        if function is F.scaled_dot_product_attention and (len(args) > 4 or kwargs.get("dropout_p")):
+            return NotImplemented  # it draws
+        self.running += 1
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                lowered = map_tree((args, kwargs), lower)
+                devices = {item.device if type(item) is FakeTensor else None for item in fakes.values()}
+                if len(devices) != 1 or None in devices:
+                    return NotImplemented
+                (device,) = devices
+                result = function(*lowered[0], **lowered[1])
+                return map_tree(result, lambda out: self._raised(out, fakes, device))
+        finally:
+            self.running -= 1
+
+    def _raised(self, item: Any, fakes: dict[int, torch.Tensor], device: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        return fakes[id(item)] if id(item) in fakes else self._fake(item, device)
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function on fake values, out of sight of any torch-function mode and of autograd."""
@@ -112,7 +179,13 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
             if shape is not None:
                 with torch._C.DisableTorchFunction():
                     return self.like(args[0], shape)
-        return self.run(forward, args, kwargs)
+        key = _leaf_key(module, args, kwargs)
+        if key is None:
+            return self.run(forward, args, kwargs)
+        if key not in self._of_leaves:
+            self._of_leaves[key] = self.run(forward, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            return map_tree(self._of_leaves[key], lambda v: self.like(v) if isinstance(v, FakeTensor) else v)
 
     def of_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a function or operator on fake values and numbers."""
@@ -129,7 +202,51 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
                 joined = _cat_shape(*args, **kwargs)
                 if joined:
                     return self.like(args[0][0], joined)
+        if function in _BY_META:
+            result = self._by_meta(function, args, kwargs)
+            if result is not NotImplemented:
+                return result
         return self.run(function, args, kwargs)
+
+    def of_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a method on fake values and numbers."""
+        function = getattr(torch.Tensor, name, None)
+        if isinstance(args[0], FakeTensor) and function in _BY_META and _by_rule():
+            result = self._by_meta(function, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return self.run(getattr(args[0], name), args[1:], kwargs)
+
+
+def _twin(fake: Any) -> torch.Tensor:
+    """A tensor on the meta device like a fake one, kept with it as long as no operation has changed its shape."""
+    twin: torch.Tensor | None = getattr(fake, "_meta", None)
+    if twin is None or twin.size() != fake.size() or twin.stride() != fake.stride():
+        twin = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device="meta")
+        if type(fake) is FakeTensor:
+            fake._meta = twin
+    return twin
+
+
+def _leaf_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leaves with the same key give outputs of the same shape: same class, settings, weights' shapes and inputs."""
+    if module._modules or not all(isinstance(item, FakeTensor) for item in args) or kwargs or not _by_rule():
+        return None
+    fields = module.__dict__.items()
+    settings = tuple((name, value) for name, value in fields if isinstance(value, (int, float, str, tuple, type(None))))
+    weights = tuple((name, None if w is None else w.shape) for name, w in module._parameters.items())
+    with torch._C.DisableTorchFunction():
+        inputs = tuple((item.shape, item.stride(), item.dtype, item.device) for item in args)
+    key = (type(module), settings, weights, inputs)
+    return key if _hashable(key) else None
+
+
+def _hashable(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
 
 
 def _by_rule() -> bool:

@@ -81,7 +81,8 @@ class _Watch:
     def question(self, real: Callable[..., bool]) -> Callable[..., bool]:
         def ask(*args: Any) -> bool:
             answer = real(*args)
-            if frame := self.frame():
+            # `no_grad` asks for what it has to put back.
+            if (frame := self.frame()) and sys._getframe(1).f_globals.get("__name__") != "torch.autograd.grad_mode":
                 frame.environment_guard(real, args, answer)
             return answer
 
@@ -169,12 +170,13 @@ def draws() -> Any:
 
 
 @contextmanager
-def same_draws() -> Iterator[None]:
-    """Put these random numbers back to where they were."""
+def same_draws() -> Iterator[Callable[[], bool]]:
+    """Put these random numbers back to where they were; gives a function that says whether any was drawn since."""
     numpy = sys.modules.get("numpy.random")
     state, other = random.getstate(), numpy.get_state() if numpy else None
+    before = draws()
     try:
-        yield
+        yield lambda: draws() != before
     finally:
         random.setstate(state)
         if numpy:
