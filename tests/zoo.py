@@ -310,6 +310,171 @@ class NormAct(nn.BatchNorm2d):
         return self.act(super().forward(x))
 
 
+class PathAggregation(nn.Module):
+    """PAFPN on a small backbone: a way down, a way up and a second way down, each merge an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.head = PyramidBackbone(), AggregatingNeck(), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.head(each) for each in self.neck(self.backbone(x))]
+
+
+class PyramidBackbone(nn.Module):
+    """Maps at reductions 4, 8 and 16, all 8 channels wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv_bn(3, 8, stride=2), nn.ReLU())
+        self.stages = nn.ModuleList(BasicBlock(8, 8, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x, found = self.stem(x), []
+        for stage in self.stages:
+            x = stage(x)
+            found.append(x)
+        return found
+
+
+class AggregatingNeck(nn.Module):
+    """Top-down, then bottom-up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
+        self.down = nn.ModuleList(nn.Conv2d(8, 8, 3, 2, 1) for _ in range(2))
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        first, second, third = (conv(each) for conv, each in zip(self.lateral, maps, strict=True))
+        second = second + F.interpolate(third, scale_factor=2.0)
+        first = first + F.interpolate(second, scale_factor=2.0)
+        second = second + self.down[0](first)
+        return [first, second, third + self.down[1](second)]
+
+
+class WeightedPyramid(nn.Module):
+    """BiFPN: fast normalised fusion of maps that are pooled and upsampled to one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.weights = PyramidBackbone(), nn.Parameter(torch.ones(4, 2))
+        self.convs = nn.ModuleList(conv_bn(8, 8) for _ in range(4))
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def fuse(self, index: int, one: Tensor, other: Tensor) -> Tensor:
+        weight = F.relu(self.weights[index])
+        return self.convs[index](F.silu((weight[0] * one + weight[1] * other) / (weight.sum() + 1e-4)))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first, second, third = self.backbone(x)
+        middle = self.fuse(0, second, F.interpolate(third, scale_factor=2.0))
+        first = self.fuse(1, first, F.interpolate(middle, scale_factor=2.0))
+        middle = self.fuse(2, middle, F.max_pool2d(first, 2))
+        third = self.fuse(3, third, F.max_pool2d(middle, 2))
+        return [self.head(first), self.head(middle), self.head(third)]
+
+
+class LoopedStages(nn.Module):
+    """Stages whose own forwards loop over their blocks: many joins of one owner, each a block."""
+
+    class Stage(nn.Module):
+        def __init__(self, width: int, count: int) -> None:
+            super().__init__()
+            self.down = conv_bn(width // 2, width, stride=2)
+            self.convs = nn.ModuleList(conv_bn(width, width) for _ in range(count))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.down(x))
+            for conv in self.convs:
+                x = x + conv(F.relu(x))
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first, self.second, self.third = self.Stage(16, 2), self.Stage(32, 3), self.Stage(64, 2)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.first(self.stem(x)))).mean((2, 3)))
+
+
+class Cell(nn.Module):
+    """NASNet's: it takes the two cells before; sums of its own, all concatenated."""
+
+    def __init__(self, before: int, last: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.squeeze, self.other = conv_bn(last, width, 1), conv_bn(before, width, 1)
+        self.deep, self.wide = conv_bn(width, width, 3, stride), conv_bn(width, width, 5, stride)
+        self.again = conv_bn(width, width, 3)
+        self.pool = nn.AvgPool2d(3, stride, 1)
+
+    def forward(self, before: Tensor, last: Tensor) -> Tensor:
+        if before.shape[-1] > last.shape[-1]:
+            before = F.avg_pool2d(before, 2)
+        last, before = self.squeeze(F.relu(last)), self.other(F.relu(before))
+        first = self.deep(last) + self.wide(before)  # of two inputs: no residual join
+        second = self.pool(before) + self.wide(before)
+        third = self.again(first) + first
+        return torch.cat([first, second, third], 1)
+
+
+class Cells(nn.Module):
+    """Five cells, the third at half the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 12, stride=2)
+        self.cells = nn.ModuleList([Cell(12, 12, 4), Cell(12, 12, 4), Cell(12, 12, 4, 2), Cell(12, 12, 4)])
+        self.cells.append(Cell(12, 12, 4))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = last = self.stem(x)
+        for cell in self.cells:
+            before, last = last, cell(before, last)
+        return self.head(last.mean((2, 3)))
+
+
+class Add(nn.Module):
+    """A wrapper that adds its input to what its one child makes of it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+def wrapped_block(width: int) -> nn.Module:
+    """Three joins in three wrappers: EfficientViT's and RepViT's way to write one block."""
+    wide = nn.Sequential(conv_bn(width, 2 * width, 1), nn.ReLU(), conv_bn(2 * width, width, 1))
+    return nn.Sequential(Add(conv_bn(width, width, groups=width)), Add(wide), Add(conv_bn(width, width, 5)))
+
+
+class Deceptive(nn.Module):
+    """Additions that are no residual joins, around one that is (the last): each would be a way to lose the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.gate = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 1)
+        self.scale, self.token = nn.Parameter(torch.ones(1, 8, 1, 1)), nn.Parameter(torch.zeros(1, 8, 1, 1))
+        self.last = nn.Conv2d(8, 8, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.zeros_like(x) + self.conv(x)  # the branch is the only way
+        x = self.token.expand_as(x) + x  # a parameter
+        gate = torch.sigmoid(self.gate(x))
+        x = self.conv(x)
+        x = x * gate + self.conv(x)  # FocalNet's contexts: a gate from before the fork
+        x = x + self.scale * (x / (x.norm(dim=(2, 3), keepdim=True) + 1e-6))  # ConvNeXt V2's GRN
+        x = x + self.last(F.relu(x))
+        return x.mean((2, 3))
+
+
 def _chain(width: int, *blocks: nn.Module) -> nn.Module:
     """A stem, blocks at its size, and a classifier."""
     stem = nn.Sequential(conv_bn(3, width, stride=2), nn.ReLU())
@@ -368,5 +533,11 @@ ZOO: dict[str, ZooModel] = {
     "shared_block": ZooModel(SharedBlock),
     "split_sum": ZooModel(SplitSum),
     "norm_act": ZooModel(_norm_act),
+    "pafpn": ZooModel(PathAggregation),
+    "bifpn": ZooModel(WeightedPyramid),
+    "looped_stages": ZooModel(LoopedStages),
+    "cells": ZooModel(Cells),
+    "wrapped": ZooModel(lambda: _ready(_chain(8, nn.Sequential(*(wrapped_block(8) for _ in range(3)))))),
+    "deceptive": ZooModel(Deceptive),
 }
 """Every topology by name."""

@@ -4,10 +4,10 @@ A net whose result is still a map and that upsamples on the way there has a **de
 after which no map is halved to a size smaller than any before (a second way down, as in PAFPN, is decoder too), the
 largest modules around them that do not take the model's input, and all that depends on these. Of several such modules
 the outermost count, so that an encoder may upsample inside (HRNet). What comes before is the **encoder**, save what
-only leads from there into the decoder and is not in a module that takes the input (**skip**). In any other net it is the **backbone**. The **head** begins where
-the map is given up for good (global pooling, one token), and in a net with a decoder at the last convolution or
-linear layer. Parts of an opaque forward that nothing is known to feed, and that begin at smaller maps than the
-model's input, are decoder if a decoder came before (the heads of detectors).
+only leads from there into the decoder and is not in a module that takes the input (**skip**). In any other net it is
+the **backbone**. The **head** begins where the map is given up for good (global pooling, one token), and in a net with
+a decoder at the last convolution or linear layer. Parts of an opaque forward that nothing is known to feed, and that
+begin at smaller maps than the model's input, are decoder if a decoder came before (the heads of detectors).
 """
 
 from __future__ import annotations

@@ -106,8 +106,8 @@ def _resize(node: fx.Node, space: Space, size: tuple[int, ...], pools: bool) -> 
     if up >= 1.5 and (down >= 1.5 or not enlarges):
         return space  # no map: tokens by heads, or attention weights that a convolution mixes
     pooled = all(extent == 1 for extent in size)
-    # A convolution over the whole map is the first fully connected layer of older nets.
-    pools = pools or (pooled and kind_of(node) == "conv" and space.level > 0 and down > 4)
+    # A convolution over the whole map is the first fully connected layer of older nets; `x.norm` pools like `x.mean`.
+    pools = pools or (pooled and down > 4 and (kind_of(node) != "conv" or space.level > 0))
     space = replace(space, size=size, collapsed=space.collapsed or (pools and pooled))
     if down >= 1.5:
         halvings = 0 if pools else round(math.log2(round(down)))

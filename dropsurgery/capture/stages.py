@@ -241,9 +241,9 @@ class _Tree:
         for node in backbone.nodes:
             if not self.splits or backbone.flow.order[node] > backbone.positions[0]:
                 break
-            child = _child(self.holder, node)
-            own = backbone.levels[0] if node is backbone.joins[0] else backbone.spaces[node].level
-            levels[child] = max(levels.get(child, 0), own)
+            child, home = _child(self.holder, node), backbone.home.get(node)
+            own = min(backbone.spaces[node].level, backbone.floor[node]) if home is None else backbone.levels[home]
+            levels[child] = max(levels.get(child, 0), int(own))
         return levels
 
     def ends(self, node: fx.Node, last: int) -> bool:
