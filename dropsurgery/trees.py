@@ -20,6 +20,9 @@ _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _TENSORS = ("_parameters", "_buffers")
 HOOKS = tuple(sorted(name for name in _INTERNAL if "hooks" in name))
 
+# Of what a module's fields mostly are: nothing in them to copy.
+_ATOMS = frozenset({bool, int, float, str, type(None), type})
+
 Make = Callable[[nn.Module], nn.Module]
 Twins = dict[int, Any]
 """By the id of an object of the original tree: the object that stands for it in the copy."""
@@ -49,8 +52,9 @@ def copy_tree(root: nn.Module, make: Make = bare, *, share_tensors: bool = True)
         twins[id(collector)] = twin = copy.copy(collector)
         twin.__dict__.update({name: redirect(value, twins) for name, value in collector.__dict__.items()})
     for module, copied in copies.items():
+        fields = copied.__dict__
         for name, value in module.__dict__.items():
-            copied.__dict__[name] = _copied(name, value, twins, share_tensors)
+            fields[name] = value if type(value) in _ATOMS else _copied(name, value, twins, share_tensors)
     return copies
 
 
@@ -76,7 +80,9 @@ def _copied(name: str, value: Any, twins: Twins, share_tensors: bool) -> Any:
     if name == "_modules":
         return {key: twins[id(child)] if child is not None else None for key, child in value.items()}
     if name in HOOKS:
-        return redirect(value, twins) if isinstance(value, OrderedDict) else value
+        if not isinstance(value, OrderedDict):
+            return value
+        return redirect(value, twins) if value else OrderedDict()
     if name in _INTERNAL:
         return value.copy() if isinstance(value, (set, dict)) else value
     return redirect(value, twins)

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +49,23 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
             already rewritten), no inputs known, or its forward raises on them.
     """
     refuse_unfit(model)
-    inputs, root = _recorded(model, resolve_inputs(model, example_inputs))
-    view = flat_view(root, inputs)
-    annotate(view.graph)
+    with _no_collection():
+        inputs, root = _recorded(model, resolve_inputs(model, example_inputs))
+        view = flat_view(root, inputs)
+        annotate(view.graph)
     return Captured(model, inputs, root, view)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No looking for garbage meanwhile: nearly all that is made stays in use, and to find that out takes long."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _recorded(model: nn.Module, candidates: tuple[Inputs, ...]) -> tuple[Inputs, Level | Opaque | Leaf]:

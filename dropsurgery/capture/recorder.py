@@ -9,7 +9,6 @@ it is run once more on plain fake values so that its children are recorded all t
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import sys
 import threading
@@ -334,24 +333,21 @@ def record(
     Raises:
         CaptureError: the model's own forward raises on these inputs; its error is the cause.
     """
-    with _LOCK, torch.random.fork_rng(devices=[]), _undisturbed(), same_draws() as drawn:
+    with _LOCK, torch.random.fork_rng(devices=[]), _no_autocast_cache(), same_draws() as drawn:
         call = _record(root, args, kwargs, path, training, watches_draws=False)
         # To look after each forward would take longer than all the rest, and hardly any draws such numbers.
         return _record(root, args, kwargs, path, training, watches_draws=True) if drawn() else call
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No cache of autocast (it would keep fake copies of the weights), no collection of garbage (all is still used)."""
-    cached, collects = torch.is_autocast_cache_enabled(), gc.isenabled()
+def _no_autocast_cache() -> Iterator[None]:
+    """Else it would keep fake copies of the weights, and real calls would take them."""
+    before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
-    gc.disable()
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(cached)
-        if collects:
-            gc.enable()
+        torch.set_autocast_cache_enabled(before)
 
 
 def _record(

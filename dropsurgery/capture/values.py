@@ -91,7 +91,7 @@ _BY_META_NAMES = (
     *("pow", "repeat", "repeat_interleave", "reshape", "roll", "rsqrt", "select", "sigmoid", "sin", "softmax", "split"),
     *("sqrt", "squeeze", "stack", "sub", "sum", "swapaxes", "tanh", "tile", "transpose", "unbind", "unflatten"),
     *("unfold", "unsqueeze", "var", "view", "view_as", "where", "adaptive_avg_pool2d", "pixel_unshuffle"),
-    *("scaled_dot_product_attention", "type_as", "t", "addcmul", "log_softmax", "outer", "meshgrid"),
+    *("type_as", "t", "addcmul", "log_softmax", "outer", "meshgrid"),
 )
 _BY_META = frozenset(
     [getattr(home, name) for name in _BY_META_NAMES for home in (torch, F, torch.Tensor) if hasattr(home, name)]
@@ -143,8 +143,6 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
             fakes[id(twin)] = item
             return twin
 
-        if function is F.scaled_dot_product_attention and (len(args) > 4 or kwargs.get("dropout_p")):
-            return NotImplemented  # it draws
         self.running += 1
         try:
             with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -194,10 +192,12 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
             if function in _UNARY and isinstance(args[0], FakeTensor):
                 return self.like(args[0])
-            if function in _BINARY and len(args) == 2 and all(isinstance(item, FakeTensor) for item in args):
-                left, right = args
-                if left.shape == right.shape and left.dtype == right.dtype:
-                    return self.like(left)
+            if function in _BINARY and len(args) == 2 and not kwargs and isinstance(args[0], FakeTensor):
+                shape = _binary_shape(*args)
+                if shape is not None:
+                    return self.like(args[0], shape)
+            if function is F.scaled_dot_product_attention and _is_plain_attention(args, kwargs):
+                return self.like(args[0], (*args[0].shape[:-1], args[2].shape[-1]))
             if function is torch.cat:
                 joined = _cat_shape(*args, **kwargs)
                 if joined:
@@ -252,6 +252,32 @@ def _hashable(key: Any) -> bool:
 def _by_rule() -> bool:
     """Under autocast the dtype of a result is not that of its input: the rules do not know."""
     return not (_is_autocast_enabled("cpu") or _is_autocast_enabled("cuda"))
+
+
+def _binary_shape(left: Any, right: Any) -> tuple[int, ...] | None:
+    """The shape of an elementwise operation whose result has the dtype of its first operand; None for others."""
+    if isinstance(right, FakeTensor):
+        if left.dtype != right.dtype or left.device != right.device:
+            return None
+        return tuple(left.shape) if left.shape == right.shape else _broadcast(left.shape, right.shape)
+    plain = type(right) in (int, float) and left.dtype.is_floating_point
+    return tuple(left.shape) if plain else None
+
+
+def _broadcast(one: torch.Size, other: torch.Size) -> tuple[int, ...] | None:
+    """The shape of two that are broadcast; None where they do not fit, or where the first would grow."""
+    padded = (1,) * (len(one) - len(other)) + tuple(other)
+    fits = len(padded) == len(one) and all(b in (1, a) for a, b in zip(one, padded, strict=True))
+    return tuple(one) if fits else None
+
+
+def _is_plain_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Attention without dropout (which draws), on three tensors whose batch and heads are the same."""
+    if len(args) > 4 or kwargs.get("dropout_p") or kwargs.get("enable_gqa") or len(args) < 3:
+        return False
+    query, key, value = args[:3]
+    same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.shape[-1] == key.shape[-1]
+    return bool(same and key.shape[-2] == value.shape[-2] and query.dtype == key.dtype == value.dtype)
 
 
 def _cat_shape(tensors: Any, dim: int = 0, **other: Any) -> tuple[int, ...] | None:
