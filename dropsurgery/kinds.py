@@ -78,9 +78,9 @@ _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("attention",): ("scaled_dot_product_attention",),
     ("layout",): (
         *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as", "view_as"),
-        *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "contiguous"),
-        *("to", "type", "type_as", "float", "half", "bfloat16", "clone"),
+        *("contiguous", "to", "type", "type_as", "float", "half", "bfloat16", "clone"),
     ),
+    ("layout", "permute"): ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"),
     ("activation", "sigmoid"): ("sigmoid", "hardsigmoid"),
     ("activation",): (
         *(
@@ -154,12 +154,18 @@ def kind_of(node: fx.Node) -> str | None:
 def _module_kinds(module: nn.Module) -> tuple[str, ...]:
     for classes, kinds in _MODULES:
         if isinstance(module, classes):
-            if kinds[0] == "norm" and any(_module_kinds(child)[:1] == ("activation",) for child in module.children()):
+            if kinds[0] == "norm" and any(map(_activates, module.children())):
                 return ("norm_act", f"{kinds[1]}_act")
             return kinds
     if isinstance(module, _ACTIVATIONS):
         return ("activation",)
     return ()
+
+
+def _activates(child: nn.Module) -> bool:
+    """Whether what a norm holds is its activation, torch's or the model's own: no layer, no identity."""
+    kinds = _module_kinds(child)
+    return kinds[0] == "activation" if kinds else not any(map(_module_kinds, child.modules()))
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
@@ -203,11 +209,65 @@ def positions(node: fx.Node) -> int | None:
 
 def skip_identities(node: fx.Node, step: Callable[[fx.Node], list[fx.Node]]) -> Iterator[fx.Node]:
     """The nodes that `step` leads to, with identities (dropout in eval mode, `nn.Identity`) walked through."""
+    return skip(node, step, ("identity",))
+
+
+def skip(node: fx.Node, step: Callable[[fx.Node], list[fx.Node]], kinds: tuple[str, ...]) -> Iterator[fx.Node]:
+    """The nodes that `step` leads to, with nodes of some kinds walked through."""
     for near in step(node):
-        if kind_of(near) == "identity":
-            yield from skip_identities(near, step)
+        if any(kind in kinds for kind in kinds_of(near)):
+            yield from skip(near, step, kinds)
         else:
             yield near
+
+
+def compound(source: fx.Node) -> tuple[str, fx.Node] | None:
+    """What several nodes compute together from one tensor: a kind, and the node that ends it; None where nothing known.
+
+    - an activation written out: nodes without parameters that work point by point, one of them an activation, and
+      meet in one node: `x * sigmoid(1.702 * x)`, `x * relu6(x + 3) / 6`;
+    - a frozen batch norm: a product with one constant and a sum with another.
+    """
+    users = list(skip_identities(source, tensor_users))
+    if len(users) == 1 and kind_of(users[0]) == "mul":
+        (scaled,) = users
+        shifted = list(skip_identities(scaled, tensor_users))
+        if len(shifted) == 1 and kind_of(shifted[0]) == "add" and _by_parameter(scaled) and _by_parameter(shifted[0]):
+            return "norm", shifted[0]
+    end = _meeting(source)
+    return None if end is None else ("activation", end)
+
+
+def _by_parameter(node: fx.Node) -> bool:
+    return len(data_inputs(node)) == 1 and len(tensor_inputs(node)) == 2
+
+
+def _meeting(source: fx.Node) -> fx.Node | None:
+    """The node that ends an activation written out in several."""
+    inside: set[fx.Node] = {source}
+    for _ in range(_LONGEST_ACTIVATION):
+        open_ends = {user for node in inside for user in tensor_users(node)} - inside
+        if not open_ends:
+            return None
+        node = min(open_ends)
+        if not _point_by_point(node) or not inside.issuperset(tensor_inputs(node)):
+            return None
+        inside.add(node)
+        ends = [each for each in inside if not inside.issuperset(tensor_users(each))]
+        if ends == [node] and len(inside) > 2 and any(kind_of(each) == "activation" for each in inside):
+            return node
+    return None
+
+
+_LONGEST_ACTIVATION = 12
+_POINT_BY_POINT = frozenset(("sub", "rsub", "div", "truediv", "pow", "square", "neg", "exp", "erf", "clamp", "sqrt"))
+
+
+def _point_by_point(node: fx.Node) -> bool:
+    if kind_of(node) in ("activation", "add", "mul", "identity"):
+        return True
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name.rstrip("_") in _POINT_BY_POINT
 
 
 @dataclass(frozen=True)

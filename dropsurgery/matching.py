@@ -9,21 +9,22 @@ A pattern is written the way the model is: the operations in order of their exec
     )
 
 Operations are named by kind (`dropsurgery.kinds`), so that module, functional, method and in-place forms are one
-thing. Each is the only consumer of the one before; what is an identity in eval mode (dropout, `nn.Identity`) is
-walked over, reading a shape is no use.
+thing; so are activations and frozen norms that are written out in several operations. Each is the only consumer of
+the one before; what is an identity in eval mode (dropout, `nn.Identity`) is walked over, and so is a change of the
+order of axes (a LayerNorm over channels last); reading a shape is no use.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from torch import fx
 
 from dropsurgery.errors import SurgeryError
-from dropsurgery.kinds import KINDS, kind_of, kinds_of, skip_identities, tensor_users
+from dropsurgery.kinds import KINDS, compound, kind_of, kinds_of, skip, skip_identities, tensor_users
 from dropsurgery.records import Edge
 
 __all__ = [
@@ -177,14 +178,28 @@ def _match_form(pattern: Pattern, form: Form, start: fx.Node) -> Match | Miss:
     node = start
     for depth, op in enumerate(form):
         if depth:
-            users = list(skip_identities(node, tensor_users))
-            if len(users) != 1:
-                return Miss(f"{called(node)} has {len(users)} users", node, depth)
-            (node,) = users
-        if op.kind is not None and op.kind not in kinds_of(node):
+            following = _next(node, op)
+            if isinstance(following, Miss):
+                return replace(following, depth=depth)
+            node, fits = following
+        else:
+            fits = op.kind is None or op.kind in kinds_of(node)
+        if not fits:
             return Miss(_unexpected(node, op, list(nodes.values())), node, depth)
         nodes[op.name] = node
     return Match(pattern, nodes)
+
+
+def _next(node: fx.Node, op: Op) -> tuple[fx.Node, bool] | Miss:
+    """The node that goes on with a tensor, or the last of several that do the operation together; whether it fits."""
+    users = list(skip_identities(node, tensor_users))
+    for following in (users, list(skip(node, tensor_users, ("identity", "permute")))):
+        if len(following) == 1 and (op.kind is None or op.kind in kinds_of(following[0])):
+            return following[0], True
+    together = compound(node)
+    if together is not None and together[0] == op.kind:
+        return together[1], True
+    return (users[0], False) if len(users) == 1 else Miss(f"{called(node)} has {len(users)} users", node)
 
 
 def _unexpected(node: fx.Node, op: Op, before: list[fx.Node]) -> str:

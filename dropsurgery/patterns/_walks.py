@@ -110,18 +110,22 @@ def first_inputs(layer: fx.Node) -> list[fx.Node]:
     return ends if all(node.op == "placeholder" and not node.meta.get("component") for node in ends) else []
 
 
+def one_vector(node: fx.Node) -> bool:
+    """Whether a node gives one vector for each sample."""
+    value = node.meta.get("value")
+    return isinstance(value, TensorFact) and sum(extent > 1 for extent in value.shape[1:]) < 2
+
+
 def pooled(node: fx.Node) -> bool:
-    """Whether a node outside of the head works on one point that a whole map was pooled to: the layer of a gate."""
+    """Whether a node outside of the head works on the one vector that a map was pooled to: the layer of a gate."""
     if node.meta["role"] == "head":
         return False
-    while positions(node) == 1:
-        before = main_input(node)
-        if before is None:
-            return False
-        if positions(before) != 1:
-            return kind_of(node) in ("reduction", "matmul", "layout") or "adaptive_pool" in kinds_of(node)
-        node = before
-    return False
+    source: fx.Node | None = node
+    while source is not None and one_vector(source):
+        node, source = source, main_input(source)
+    if source is None or node is source:
+        return False
+    return kind_of(node) in ("reduction", "matmul") or "adaptive_pool" in kinds_of(node)
 
 
 def pointwise_layer(node: fx.Node) -> bool:

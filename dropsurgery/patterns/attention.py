@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from dropsurgery.kinds import data_inputs, kind_of, kinds_of, mixes, skip_identities, tensor_users
 from dropsurgery.matching import Match, Miss, Pattern, called, ops
-from dropsurgery.patterns._walks import depthwise, found, into_all, nearest, pointwise_layer, reason
+from dropsurgery.patterns._walks import depthwise, found, into_all, nearest, one_vector, pointwise_layer, reason
 from dropsurgery.records import Edge, TensorFact
 
 
@@ -43,7 +43,7 @@ def _parts(core: fx.Node) -> _Parts | str:
         if softmax is None and (first is None or len(data_inputs(first)) < 2):
             continue
         values = [operand for operand in data_inputs(core) if operand is not weights]
-        if first is None and _one_vector(core):
+        if first is None and one_vector(core):
             return "softmax pools to one vector"
         if _first_of_two(core):
             return f"{called(core)} is the first of two products"
@@ -75,11 +75,6 @@ def _first_of_two(core: fx.Node) -> bool:
     """Whether another product of data goes on with the result, which then is the core."""
     following = nearest(tensor_users(core), tensor_users, mixes)
     return any(kind_of(node) == "matmul" and len(data_inputs(node)) > 1 for node in following)
-
-
-def _one_vector(core: fx.Node) -> bool:
-    value = core.meta.get("value")
-    return isinstance(value, TensorFact) and sum(extent > 1 for extent in value.shape[1:]) < 2
 
 
 def _layers(parts: _Parts) -> list[fx.Node]:

@@ -23,7 +23,7 @@ def _makes_the_result(match: Match) -> str | None:
             continue
         if mixes(node):
             return f"{called(layer)} is not the last layer: {called(node)} follows"
-        if (positions(node) or 1) > 1:
+        if node.meta["role"] != "head" and (positions(node) or 1) > 1:
             return f"{called(layer)} acts on a map: {called(node)}"
         seen.add(node)
         queue += tensor_users(node)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dropsurgery.kinds import skip_identities, tensor_users
+from dropsurgery.kinds import compound, skip, tensor_users
 from dropsurgery.matching import After, Into, Match, Pattern, called, kind_of, ops
 
 
 def _no_activation(match: Match) -> str | None:
     norm = match.nodes["norm"]
-    users = skip_identities(norm, tensor_users)
-    if any(kind_of(user) == "activation" for user in users):
+    users = skip(norm, tensor_users, ("identity", "permute"))
+    together = compound(norm)
+    if any(kind_of(user) == "activation" for user in users) or (together and together[0] == "activation"):
         return f"{called(norm)} is followed by an activation"
     return None
 

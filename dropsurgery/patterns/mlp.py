@@ -41,6 +41,8 @@ def _parts(last: fx.Node) -> _Parts | str:
     problem = _not_hidden(hidden, first, inside) or _leaves(inside | set(first), inside | after)
     if problem is None and kind_of(last) == "conv" and last.meta["role"] != "head" and _activated(last):
         problem = "the second convolution is followed by an activation"
+    if problem is None and any(kind_of(node) in ("matmul", "attention") for node in _next_layers(last)):
+        problem = "the second layer makes queries, keys or values"
     return problem or _Parts(first, hidden)
 
 
@@ -82,7 +84,7 @@ def _not_hidden(hidden: fx.Node, first: list[fx.Node], inside: set[fx.Node]) -> 
     strange = [node for node in first if not pointwise_layer(node)]
     if strange:
         return f"{called(strange[0])} comes before the activation"
-    if len({data_inputs(layer)[0] for layer in first}) > 1:
+    if len({_read(layer) for layer in first}) > 1:
         return "the hidden tensor comes from several layers of different inputs"
     if not any(kind_of(node) in ("activation", "norm_act") for node in inside):
         return "no activation between the layers"
@@ -97,12 +99,25 @@ def _not_hidden(hidden: fx.Node, first: list[fx.Node], inside: set[fx.Node]) -> 
     return None
 
 
+def _read(layer: fx.Node) -> fx.Node:
+    """What a layer reads, before it was laid out anew or clamped."""
+    source = data_inputs(layer)[0]
+    while kind_of(source) in ("identity", "layout", None) and not mixes(source) and len(data_inputs(source)) == 1:
+        source = data_inputs(source)[0]
+    return source
+
+
 def _leaves(nodes: set[fx.Node], inside: set[fx.Node]) -> str | None:
     """Which of the nodes is read from elsewhere too."""
     for node in nodes:
         if not inside.issuperset(tensor_users(node)):
             return f"{called(node)} is used elsewhere too"
     return None
+
+
+def _next_layers(layer: fx.Node) -> list[fx.Node]:
+    """The layers, residual joins and results that a layer's result goes to."""
+    return nearest(tensor_users(layer), tensor_users, lambda node: mixes(node) or "join" in node.meta)
 
 
 def _activated(layer: fx.Node) -> bool:

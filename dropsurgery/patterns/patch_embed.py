@@ -2,11 +2,12 @@
 
 - a convolution on the image whose patches do not overlap (kernel = stride): ViT, Swin, Mixer, ConvNeXt's stem;
 - a linear layer on patches that were cut out before (NaFlexViT);
-- outside of residual blocks, a convolution whose map is then laid out as a row of tokens: overlapping patches (PVT and
-  MViT, there one for each stage that begins so), the last of a convolutional stem (LeViT, XCiT), the projection of a
-  hybrid ViT. With stride 1 only if no convolution sees a map again (MobileViT cuts and pastes).
+- outside of residual blocks, a convolution whose map is then laid out as a row of tokens: overlapping patches (MViT;
+  PVT, with one for each stage that begins so), the last of a convolutional stem (LeViT, XCiT), the projection of a
+  hybrid ViT. With stride 1 only if no convolution sees a map again (MobileViT cuts and pastes);
+- before the first residual block, one whose map is then laid out with its channels last (the image encoder of SAM 2).
 
-`output` is what follows directly as one row of tokens, its norm included.
+`output` is what follows directly as tokens, its norm included.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def _makes_tokens(match: Match) -> str | None:
         return None
     if layer.meta["flow"] != "trunk":
         return f"{called(layer)} lies inside a residual block"
-    if _rank(_follow(layer, (*_LAID_OUT, "add"))) != 3:  # positions may be added to the map
-        return f"{called(layer)} makes no row of tokens"
+    tokens = _follow(layer, (*_LAID_OUT, "add"))  # positions may be added to the map
+    if _rank(tokens) != 3 and not (tokens.meta["channel_axis"] == -1 and not _joins_before(layer)):
+        return f"{called(layer)} makes no tokens"
     if max(fact.stride) == 1 and nearest(tensor_users(layer), tensor_users, lambda node: conv_fact(node) is not None):
         return f"{called(layer)} makes tokens that become a map again"
     return None
@@ -43,6 +45,10 @@ def _makes_tokens(match: Match) -> str | None:
 def _rank(node: fx.Node) -> int:
     value = node.meta.get("value")
     return len(value.shape) if isinstance(value, TensorFact) else 0
+
+
+def _joins_before(layer: fx.Node) -> bool:
+    return bool(nearest(data_inputs(layer), data_inputs, lambda node: "join" in node.meta))
 
 
 def _follow(layer: fx.Node, kinds: tuple[str, ...]) -> fx.Node:
