@@ -35,6 +35,8 @@ from dropsurgery.forwards import (
 )
 from dropsurgery.trees import own_class
 
+OWN_GRAPH = "_own_graph"
+"""Where a rewritten GraphModule keeps the fields of its graph as they were."""
 METADATA = "dropsurgery"
 """The key of the clock's copy in `state_dict()._metadata`."""
 
@@ -74,6 +76,10 @@ class Surgical:
         super().train(mode)  # type: ignore[misc]
         for slots in _hidden(self):
             slots.train(mode)
+        if "surgery" in self.__dict__:  # the root; its own `train` may leave parts out, as SMP's does a frozen encoder
+            for owner in self.modules():  # type: ignore[attr-defined]
+                if owner.__dict__.get("_owner") is not None:
+                    getattr(owner, SLOTS).train(mode and owner.training)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -186,6 +192,13 @@ def drop_own_hooks(module: nn.Module) -> None:
         del hooks[key]
 
 
+def keep_own_graph(module: nn.Module) -> None:
+    """Put the graph of a module that was a GraphModule before surgery aside, for `strip`."""
+    if issubclass(own_class(module), fx.GraphModule):
+        names = ("_graph", "_code", "_lineno_map", "_prologue_start", *_GRAPH_FIELDS)
+        module.__dict__[OWN_GRAPH] = {name: module.__dict__[name] for name in names if name in module.__dict__}
+
+
 def own_fields(module: nn.Module) -> tuple[str, ...]:
     """The entries of a module's `__dict__` that emission added."""
     if not isinstance(module, Surgical):
@@ -203,6 +216,7 @@ def example_of(root: nn.Module) -> Example:
 
 def emit_root(root: nn.Module, example: Example, level: Any) -> None:
     """Give a root that owns no edit its graph; its forward stays its own."""
+    keep_own_graph(root)
     root.__dict__["_example"] = map_tree(example, spec_of)
     root.__dict__["_graph"] = _root_graph(root, level)
     _add_meta(root)
@@ -217,6 +231,7 @@ def emit_owner(module: nn.Module, edits: dict[LocalEdit, nn.Module], levels: lis
         edits: what to insert where; the regularizers become children of the module.
         levels: what was recorded of it, one level a call.
     """
+    keep_own_graph(module)
     slots = Slots()
     for edit, regularizer in edits.items():
         slots.add_module(edit.slot, regularizer)

@@ -231,7 +231,7 @@ def _same_region(node: fx.Node, made: fx.Node) -> None:
     if "region" in node.meta:
         made.meta["region"] = node.meta["region"]
         if made.target is write_back:
-            _same_region(node, made.args[1])
+            _same_region(node, made.all_input_nodes[1])
 
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:
@@ -290,6 +290,21 @@ class Region(Part):
 
 class Own(Part):
     """The forward of the owner's own class, whole: what a leaf's generated forward begins with."""
+
+    @property
+    def inplace(self) -> bool:
+        """Whether it changes its input."""
+        return bool(getattr(self.__dict__["_of"], "inplace", False))
+
+    def train(self, mode: bool = True) -> Own:
+        """Set the mode of the owner too: a flat graph holds this part alone."""
+        super().train(mode)
+        owner: nn.Module = self.__dict__["_of"]
+        owner.training = mode
+        for name, child in owner._modules.items():
+            if name != SLOTS and child is not None:
+                child.train(mode)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
@@ -385,7 +400,8 @@ def _record_variant(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: di
     except CaptureError as error:
         if error.__cause__ is not None:
             raise error.__cause__ from None
-        raise
+        refuse_skipped(module, f"to run on this input ({error})")
+        return Variant(fx.Graph(), own_class(module).forward)
     exact = owner.exact
     _note(owner, level)
     if owner.exact and not exact:  # what was told apart roughly until now is not told apart enough
@@ -467,7 +483,7 @@ def whole_call(module: nn.Module, target: str) -> fx.Graph:
     """A graph that is one call, with the parameters of the module's forward."""
     graph = fx.Graph()
     parameters = list(inspect.signature(own_class(module).forward).parameters.values())[1:]
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     nodes = [graph.placeholder(stars.get(p.kind, "") + p.name, default_value=p.default) for p in parameters]
     graph.output(graph.call_module(target, tuple(nodes)))
     return graph

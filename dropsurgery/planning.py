@@ -139,7 +139,8 @@ def site_at(at: Edge, pattern: str, edge: str) -> Site:
         shape=value.shape if isinstance(value, TensorFact) else (),
         channels=source.meta["channels"],
         channel_axis=source.meta["channel_axis"],
-        trainable=source.meta["trainable"],
+        # Nothing lies before the net's input: what counts is whom it goes to.
+        trainable=(node if source.op == "placeholder" else source).meta["trainable"],
         owner=meta["owner"],
         at=at,
     )
@@ -265,7 +266,9 @@ class _Planner:
 
     def _place(self, entry: Entry, edit: Edit) -> None:
         """Put an edit on its edge: alone, merged with an equal one, or stacked."""
-        there = self.placed.setdefault(_key(edit.site.at), [])
+        # An adopted layer stays where it is and takes no edge: layers in a row do not meet.
+        key = (ADOPT, edit.site.module) if edit.kind == ADOPT else _key(edit.site.at)
+        there = self.placed.setdefault(key, [])
         for index, other in enumerate(there):
             if (other.regularizer, other.arguments, other.schedule) == (
                 edit.regularizer,

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.capture import Captured
 from dropsurgery.capture.levels import is_leaf, map_tree
-from dropsurgery.emission import drop_own_hooks, emit_owner, emit_root, empty, own_fields
+from dropsurgery.emission import OWN_GRAPH, drop_own_hooks, emit_owner, emit_root, empty, own_fields
 from dropsurgery.errors import SurgeryError
 from dropsurgery.forwards import OWN, SLOTS, Example, LocalEdit, leaf_level
 from dropsurgery.graph import local_name
@@ -135,6 +135,7 @@ def strip(gm: nn.Module) -> nn.Module:
         for name in own_fields(module):
             fields.pop(name, None)
         fields["_modules"].pop(SLOTS, None)
+        fields.update(fields.pop(OWN_GRAPH, {}))
         fields.update(fields.pop(ADOPTED, {}))
         drop_own_hooks(plain)
     return copies[gm]

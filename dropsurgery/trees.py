@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 # The bookkeeping that every nn.Module carries, by role; `training` is an ordinary attribute.
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
@@ -48,13 +49,17 @@ def copy_tree(root: nn.Module, make: Make = bare, *, share_tensors: bool = True)
     """
     copies: dict[nn.Module, nn.Module] = {module: make(module) for module in root.modules()}
     twins: Twins = {id(module): copied for module, copied in copies.items()}
-    for collector in collectors_of(root):
-        twins[id(collector)] = twin = copy.copy(collector)
-        twin.__dict__.update({name: redirect(value, twins) for name, value in collector.__dict__.items()})
+    collectors = collectors_of(root)
+    twins.update({id(collector): copy.copy(collector) for collector in collectors})
     for module, copied in copies.items():
         fields = copied.__dict__
         for name, value in module.__dict__.items():
             fields[name] = value if type(value) in _ATOMS else _copied(name, value, twins, share_tensors)
+            if name in HOOKS and value:
+                twins[id(value)] = fields[name]
+    for collector in collectors:  # last: the handles in it are those of hooks
+        redirected = {name: redirect(value, twins) for name, value in collector.__dict__.items()}
+        twins[id(collector)].__dict__.update(redirected)
     return copies
 
 
@@ -100,11 +105,22 @@ def redirect(value: Any, twins: Twins) -> Any:
         return defaultdict(value.default_factory, {key: redirect(item, twins) for key, item in value.items()})
     if isinstance(value, MethodType) and id(value.__self__) in twins:
         return MethodType(value.__func__, twins[id(value.__self__)])
+    if isinstance(value, RemovableHandle):
+        return _handle_of_twin(value, twins)
     if type(value) is functools.partial:
         return functools.partial(
             redirect(value.func, twins), *redirect(value.args, twins), **redirect(value.keywords, twins)
         )
     return value
+
+
+def _handle_of_twin(handle: RemovableHandle, twins: Twins) -> RemovableHandle:
+    """A handle that removes the twin of a hook."""
+    first, key, others = handle.__getstate__()  # type: ignore[no-untyped-call]
+    made = object.__new__(RemovableHandle)
+    kept = tuple(twins.get(id(hooks), hooks) for hooks in others if hooks is not None)
+    made.__setstate__((twins.get(id(first), first), key, kept))
+    return made
 
 
 def paths_of(root: nn.Module) -> dict[nn.Module, tuple[str, ...]]:

@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,7 @@ class Recorder(TorchFunctionMode):
         self._paths = paths_of(self.root)
         self._start = self.root
         self.watches_draws = False
+        self._refused: dict[str, str] = {}
         self._collectors = {id(collector) for collector in collectors_of(self.root)}
         packages = set(filter(_is_installed, {_package(type(module)) for module in copies} - {"torch"}))
         for probe in self.original:
@@ -121,6 +122,16 @@ class Recorder(TorchFunctionMode):
         return below
 
     # -- calls ------------------------------------------------------------------------------------------------
+    def _shielded(self, probe: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A leaf's forward on fake buffers: in training it may write to them."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for module in probe.modules():
+                module._buffers.update(self.fake(dict(module._buffers)))
+            return forward(*args, **kwargs)
+
+        return run
+
     def record_call(
         self, probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], data: Arguments | None = None
     ) -> tuple[Any, Any]:
@@ -133,7 +144,7 @@ class Recorder(TorchFunctionMode):
         forward = forward_of(probe)
         if is_leaf(module):
             with self.aside():
-                return Leaf(module, path), self.values.of_leaf(module, forward, args, kwargs)
+                return Leaf(module, path), self.values.of_leaf(module, self._shielded(probe, forward), args, kwargs)
         frame = Frame(self, probe, path)
         with self._same_draws():
             try:
@@ -203,8 +214,9 @@ class Recorder(TorchFunctionMode):
             raise
         except (Exception, Untraceable) as error:
             alike = type(error) is type(failure) and str(error) == str(failure)
+            self._refused.setdefault(str(error), opaque.path)
             if data is not None or alike or probe is self._start:
-                raise ModelFailed(opaque.path) from error
+                raise ModelFailed(self._refused[str(error)]) from error
             raise Untraceable(f"'{opaque.path}' refuses made-up numbers: {error}") from error
 
     def _observe(self, probe: nn.Module, inputs: Arguments, tensors: Any) -> tuple[Any, list[_Observed]]:

@@ -186,7 +186,7 @@ class TracedItem(Traced):
         object.__setattr__(self, "_made", None)
 
     @property
-    def _node(self) -> fx.Node:  # type: ignore[override]
+    def _node(self) -> fx.Node:
         if self._made is None:
             made = self._frame.graph.call_function(operator.getitem, (self._shape, self._index))
             made.meta["value"] = self._value

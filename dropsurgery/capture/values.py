@@ -224,7 +224,7 @@ def _twin(fake: Any) -> torch.Tensor:
     if twin is None or twin.size() != fake.size() or twin.stride() != fake.stride():
         twin = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device="meta")
         if type(fake) is FakeTensor:
-            fake._meta = twin
+            vars(fake)["_meta"] = twin
     return twin
 
 
