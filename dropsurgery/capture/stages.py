@@ -254,14 +254,16 @@ class _Tree:
     def start(self) -> int:
         """The position of the first node after the stem; 0 in plain chains (VGG), which have none."""
         found = _first_fork(self.backbone)
-        order = self.backbone.flow.order
         holder = self._holder()
-        if holder:
-            inside = next(node for node in self.backbone.nodes if is_within(place_of(node), holder))
-            before = [join for join in self.backbone.joins if order[join] < order[inside]]
-            if all(is_within(join.meta["owner"], self._stem(holder)) for join in before):
-                return order[inside]
-        return max(found, self._stem_end(found)) if not holder else found
+        if not holder:
+            return max(found, self._stem_end(found))
+        order = self.backbone.flow.order
+        begin = next(order[node] for node in self.backbone.nodes if is_within(place_of(node), holder))
+        joins = zip(self.backbone.joins, self.backbone.levels, strict=True)
+        before = [(join, level) for join, level in joins if order[join] < begin]
+        stem = self._stem(holder)
+        early = all(level <= 2 and is_within(join.meta["owner"], stem) for join, level in before)
+        return begin if early else found
 
     def _holder(self) -> str:
         """The module that holds most of the stages and does not take the input; "" if there is none."""

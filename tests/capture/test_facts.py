@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -8,10 +7,15 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from dropsurgery import SurgeryError, get_regularizer
 from dropsurgery.capture import capture
 from dropsurgery.capture.facts import annotate
+from dropsurgery.models import make_model
+from dropsurgery.planning import Sites
 from tests.zoo import ZOO, BasicBlock, residual
 
 FACTS = ("stage", "reduction", "depth", "block", "flow", "role", "channel_axis", "channels", "trainable")
@@ -26,6 +30,11 @@ def timm_graph(name: str, **options: Any) -> fx.Graph:
 def smp_graph(architecture: str, encoder: str) -> fx.Graph:
     net = getattr(smp, architecture)(encoder, encoder_weights=None)
     return capture(net, torch.zeros(1, 3, 224, 224)).view.graph
+
+
+@lru_cache(maxsize=2)
+def meta_graph(name: str) -> fx.Graph:
+    return capture(make_model(name)).view.graph
 
 
 def zoo_graph(name: str) -> fx.Graph:
@@ -169,11 +178,11 @@ def test_the_innermost_join_decides_the_flow() -> None:
 @pytest.mark.parametrize(
     ("architecture", "encoder"),
     [
-        ("Unet", "resnet34"),
-        ("FPN", "resnet34"),
+        *((name, "resnet18") for name in ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "DeepLabV3")),
+        *((name, "resnet18") for name in ("DeepLabV3Plus", "PAN", "UPerNet", "Segformer")),
         ("Unet", "mit_b0"),
-        ("DeepLabV3", "resnet34"),
-        ("PAN", "resnet18"),
+        ("Unet", "tu-hrnet_w18_small"),  # upsamples inside
+        ("UPerNet", "tu-swin_tiny_patch4_window7_224"),
     ],
 )
 def test_roles_of_segmentation_nets(architecture: str, encoder: str) -> None:
@@ -186,6 +195,38 @@ def test_roles_of_segmentation_nets(architecture: str, encoder: str) -> None:
         assert {node.meta["role"] for node in leaves(graph, part)} == roles
     assert {node.meta["stage"] for node in leaves(graph, "decoder.")} == {None}
     assert {node.meta["stage"] for node in leaves(graph, "encoder.")} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(("architecture", "encoder"), [("PSPNet", "resnet18"), ("DPT", "tu-vit_tiny_patch16_224")])
+def test_roles_of_nets_that_leave_stages_out(architecture: str, encoder: str) -> None:
+    graph = smp_graph(architecture, encoder)
+    assert {node.meta["role"] for node in leaves(graph, "encoder.")} == {"encoder"}
+    assert {node.meta["role"] for node in leaves(graph, "decoder.")} == {"decoder"}
+    stages = {node.meta["stage"] for node in leaves(graph, "encoder.")}
+    assert stages == ({0, 1, 2} if architecture == "PSPNet" else {None})
+
+
+@pytest.mark.parametrize("name", ["pafpn", "bifpn"])
+def test_a_second_way_down_is_decoder_too(name: str) -> None:
+    graph = zoo_graph(name)
+    assert {node.meta["role"] for node in leaves(graph, "backbone.")} == {"encoder"}
+    assert {node.meta["role"] for node in leaves(graph, "neck." if name == "pafpn" else "convs.")} == {"decoder"}
+    assert {node.meta["role"] for node in leaves(graph, "head")} == {"head"}
+
+
+def test_the_pyramid_of_a_detector() -> None:
+    with torch.device("meta"):
+        net = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
+    graph = capture(net, torch.zeros(1, 3, 128, 128, device="meta")).view.graph
+    assert [{n.meta["stage"] for n in leaves(graph, f"body.layer{index}.")} for index in (1, 2, 3, 4)] == [
+        {1},
+        {2},
+        {3},
+        {4},
+    ]
+    assert {node.meta["role"] for node in leaves(graph, "body.")} == {"encoder"}
+    assert {node.meta["role"] for node in leaves(graph, "fpn.inner")} == {"decoder"}
+    assert {node.meta["stage"] for node in leaves(graph, "fpn.")} == {None}
 
 
 def test_roles_of_a_classifier_and_of_a_lateral_connection() -> None:
@@ -215,6 +256,27 @@ def test_blocks_and_depth(name: str, count: int) -> None:
     assert depths == sorted(depths) and depths[0] == 0 and depths[-1] == 1
 
 
+@pytest.mark.parametrize(("name", "count"), [("cells", 5), ("looped_stages", 7), ("wrapped", 3), ("shared_block", 3)])
+def test_blocks_by_the_tree_of_modules(name: str, count: int) -> None:
+    blocks = [node.meta["block"] for node in zoo_graph(name).nodes if "join" in node.meta]
+    assert sorted(set(blocks)) == [(index, count) for index in range(count)]
+
+
+def test_a_cell_is_a_block_as_a_whole() -> None:
+    graph = zoo_graph("cells")
+    for index in range(5):
+        assert {node.meta["block"] for node in leaves(graph, f"cells.{index}.")} == {(index, 5)}
+
+
+def test_the_cells_of_nasnet() -> None:
+    graph = meta_graph("nasnetalarge")
+    blocks = {node.meta["block"] for node in leaves(graph, "cell_8.")} | {
+        node.meta["block"] for node in leaves(graph, "cell_17.")
+    }
+    assert blocks == {(11, 22), (21, 22)}  # two cells of the stem, 18, and one before each of the two later groups
+    assert {node.meta["stage"] for node in leaves(graph, "reduction_cell_1.")} == {4}
+
+
 def test_depth_without_residual_blocks_goes_by_owner() -> None:
     depths = [node.meta["depth"] for node in timm_graph("densenet121").nodes if node.meta["role"] is not None]
     assert len(set(depths)) > 50 and min(depths) == 0 and max(depths) == 1
@@ -229,21 +291,106 @@ def test_frozen_parameters_are_seen_downstream() -> None:
     assert trainable["layer1.1.act2"] and trainable["layer3.0.conv1"]
 
 
-def renamed(graph: fx.Graph, rename: Callable[[str], str]) -> None:
-    for node in graph.nodes:
-        for key in ("owner", "path"):
-            node.meta[key] = ".".join(rename(part) for part in node.meta[key].split(".")) if node.meta[key] else ""
+def test_frozen_weights_passed_to_functions_are_seen() -> None:
+    model = ZOO["functional_resnet"].build()
+    model.get_parameter("weight").requires_grad_(False)
+    graph = capture(model, ZOO["functional_resnet"].example()).view.graph
+    trainable = [node.meta["trainable"] for node in graph.nodes if node.target is F.conv2d]
+    assert trainable == [False]
+    assert all(node.meta["trainable"] for node in leaves(graph, "conv"))
+    thawed = zoo_graph("functional_resnet")
+    assert [node.meta["trainable"] for node in thawed.nodes if node.target is F.conv2d] == [True]
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
-def test_names_do_not_matter(name: str) -> None:
-    graph = zoo_graph(name)
-    before = [[node.meta[fact] for fact in FACTS] for node in graph.nodes if node.op != "output"]
-    output = next(node for node in graph.nodes if node.op == "output")
-    output.meta.update(owner="", path="")
-    renamed(graph, lambda part: f"x{sum(map(ord, part)) * 7919}{part[::-1]}")
+class Parcel:
+    """Something that no graph carries."""
+
+    def __init__(self, inside: torch.Tensor) -> None:
+        self.inside = inside
+
+
+class Opaque(nn.Module):
+    """Its forward stays Python; between its two parts it does nothing to the tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.MaxPool2d(2), BasicBlock(8, 8), BasicBlock(8, 16, 2))
+        self.pack, self.late = Pack(), nn.Sequential(BasicBlock(16, 32, 2), BasicBlock(32, 64, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.late(self.pack(self.early(x)).inside)
+
+
+class Pack(nn.Module):
+    def forward(self, x: torch.Tensor) -> Parcel:
+        return Parcel(x)
+
+
+def test_parts_of_an_opaque_net_go_on_from_each_other() -> None:
+    view = capture(Opaque(), torch.zeros(1, 3, 64, 64)).view
+    assert [part.path for part in view.opaque][:1] == [""]
+    graph = view.graph
+    entry = next(node for node in graph.nodes if node.op == "placeholder" and node.meta.get("component") == "late")
+    entry.meta["continues"] = leaves(graph, "early.3.relu")[-1]
     annotate(graph)
-    assert [[node.meta[fact] for fact in FACTS] for node in graph.nodes if node.op != "output"] == before
+    joins = [node for node in graph.nodes if "join" in node.meta]
+    assert [node.meta["stage"] for node in joins] == [1, 2, 3, 4]
+    assert [node.meta["reduction"] for node in joins] == [4, 8, 16, 32]
+    assert [node.meta["block"] for node in joins] == [(index, 4) for index in range(4)]
+    assert [node.meta["depth"] for node in joins] == [0, 1 / 3, 2 / 3, 1]
+
+
+ONE_WAY = (*ZOO, "vit_tiny_patch16_224", "cait_xxs24_224", "nasnetalarge", "xcit_nano_12_p8_224", "focalnet_tiny_srf")
+
+
+@pytest.mark.parametrize("name", ONE_WAY)
+def test_no_operand_of_a_join_is_the_only_way(name: str) -> None:
+    graph = zoo_graph(name) if name in ZOO else meta_graph(name)
+    for node in graph.nodes:
+        if "join" in node.meta:
+            for operand in (0, 1):
+                assert reaches_the_result(graph, node, operand), f"{node.meta['path']} without operand {operand}"
+
+
+def reaches_the_result(graph: fx.Graph, join: fx.Node, cut: int) -> bool:
+    """Whether a result depends on the values of the input when one operand of a join is taken away."""
+    of_no_value = (torch.zeros_like, "new_zeros", "expand_as")
+    reached: set[fx.Node] = set()
+    for node in graph.nodes:
+        given = [argument for at, argument in enumerate(node.args) if not (node is join and at == cut)]
+        sources: list[fx.Node] = []
+        fx.map_arg((given, node.kwargs), sources.append)
+        if node.op == "placeholder" or (node.target not in of_no_value and reached.intersection(sources)):
+            reached.add(node)
+    return any(node.op == "output" and node in reached for node in graph.nodes)
+
+
+LAYOUTS = [
+    ("swin_tiny_patch4_window7_224", "residual_add", "branch", {4: -1, 3: -1}),  # maps (B, H, W, C); tokens in MLPs
+    ("vit_tiny_patch16_224", "residual_add", "branch", {3: -1}),
+    ("convnext_atto", "residual_add", "branch", {4: 1}),
+    ("resnet18", "conv_bn_act", "output", {4: 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "pattern", "edge", "axes"), LAYOUTS)
+@pytest.mark.parametrize("method", ["dropblock", "spatial_dropout"])
+def test_regularizers_of_maps_get_the_channel_axis_or_refuse(
+    method: str, name: str, pattern: str, edge: str, axes: dict[int, int]
+) -> None:
+    sites = Sites(capture(make_model(name))).of(pattern, edge)
+    assert {len(site.shape): site.channel_axis for site in sites} == axes
+    for site in sites:
+        assert site.channel_axis is not None and site.channels == site.shape[site.channel_axis]
+        layer = get_regularizer(method)(p=0.5)
+        known = {"channel_axis": site.channel_axis, "channels": site.channels, "shape": site.shape, "site_id": site.id}
+        if len(site.shape) == 4:
+            layer.build(**known)
+            assert layer.channel_axis == site.channel_axis
+            continue
+        with pytest.raises(SurgeryError) as caught:
+            layer.build(**known)
+        assert site.id in str(caught.value) and str(site.shape) in str(caught.value)
 
 
 def test_work_grows_linearly_with_depth() -> None:

@@ -144,9 +144,7 @@ def check_reductions(model: nn.Module, graph: fx.Graph) -> None:
     for info in getattr(model, "feature_info", None) or ():
         module = info["module"]
         inside = [
-            node
-            for node in graph.nodes
-            if node.meta.get("role") and f"{node.meta['path']}.".startswith(f"{module}.")
+            node for node in graph.nodes if node.meta.get("role") and f"{node.meta['path']}.".startswith(f"{module}.")
         ]
         if inside and not any(type(model).__name__.lower().startswith(name.strip("_")) for name in _OTHER_SCALES):
             assert inside[-1].meta["reduction"] == info["reduction"], module
