@@ -173,12 +173,19 @@ def _torchvision(name: str, device: str) -> nn.Module:
 
 
 def _built(name: str, device: str, make: Any, *args: Any, **options: Any) -> nn.Module:
-    try:
-        with torch.device(device):
+    def build(where: str) -> nn.Module:
+        with torch.device(where):
             model: nn.Module = make(*args, **options)
+        return model
+
+    try:
+        return build(device)
     except Exception as error:
-        raise SurgeryError(f"model {name!r} cannot be built: {type(error).__name__}: {error}") from error
-    return model
+        failed = error
+    try:  # some constructors compute with the values of tensors
+        return build("cpu").to(device)
+    except Exception as error:
+        raise SurgeryError(f"model {name!r} cannot be built: {type(error).__name__}: {error}") from failed
 
 
 def _library(name: str) -> ModuleType:

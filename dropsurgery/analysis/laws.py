@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from dropsurgery.analysis.examples import Inputs, larger_images, more_samples
 from dropsurgery.analysis.traces import Marks, NotComparable, record, replay
 from dropsurgery.forwards import SLOTS
 from dropsurgery.planning import ADOPT
+from dropsurgery.records import Edit
 
 _PLAIN = (int, float, str, bool, tuple, type(None))
 _INTERNAL = frozenset(nn.Module().__dict__)
@@ -90,11 +92,11 @@ def same_traces(model: nn.Module, gm: nn.Module, plain: nn.Module, inputs: Input
     Raises:
         NotComparable: the model's forward needs values.
     """
-    trace = record(model.eval(), inputs)
+    trace = record(model.eval(), inputs, grad=True)
     if trace.error is not None:
         raise NotComparable(f"{trace.error[0].__name__}: {trace.error[1]}")
-    yield from _told("in eval", replay(trace, gm.eval(), inputs))
-    yield from _told("stripped", replay(trace, plain.eval(), inputs))
+    yield from _told("in eval", replay(trace, gm.eval(), inputs, grad=True))
+    yield from _told("stripped", replay(trace, plain.eval(), inputs, grad=True))
     yield from _training(model, gm, inputs)
     others = {"for larger images": larger_images(inputs), "for another batch size": more_samples(inputs)}
     if others["for larger images"] is not None:
@@ -111,18 +113,39 @@ def same_traces(model: nn.Module, gm: nn.Module, plain: nn.Module, inputs: Input
 def _training(model: nn.Module, gm: nn.Module, inputs: Inputs) -> Iterator[str]:
     """Equal while all rates are 0; each regularizer is called, and what it gives back is used."""
     marks, sites = Marks(), inserted(gm)
-    trace = record(model.train(), inputs)
+    trace = record(model.train(), inputs, grad=True)
     with marks.on(sites):
-        difference = replay(trace, gm.train(), inputs, marks)
+        difference = replay(trace, gm.train(), inputs, grad=True, marks=marks)
     yield from _told("in training", difference)
     if difference is None and trace.error is None:
         yield from _told_of("regularizers that no training forward calls", sites.keys() - marks.made)
         yield from _told_of("regularizers whose result nothing uses", marks.made - marks.used)
 
 
+@contextmanager
+def silenced(model: nn.Module, gm: Any) -> Iterator[None]:
+    """All rates are 0 in here, also where a schedule begins higher: those of adopted layers in the model too."""
+    adopted = [
+        (model.get_submodule(edit.site.module), edit.arguments) for edit in gm.surgery.plan.edits if _adopts(edit)
+    ]
+    before = [(layer, {name: getattr(layer, name) for name in rates}) for layer, rates in adopted]
+    try:
+        for layer, rates in before:
+            layer.__dict__.update(dict.fromkeys(rates, 0.0))
+        with gm.surgery.active(p=0.0):
+            yield
+    finally:
+        for layer, rates in before:
+            layer.__dict__.update(rates)
+
+
+def _adopts(edit: Edit) -> bool:
+    return edit.kind == ADOPT
+
+
 def inserted(gm: Any) -> dict[str, nn.Module]:
     """The regularizers that surgery put into a model, by site."""
-    adopted = {edit.site.id for edit in gm.surgery.plan.edits if edit.kind == ADOPT}
+    adopted = {edit.site.id for edit in gm.surgery.plan.edits if _adopts(edit)}
     return {site: module for site, module in gm.surgery.regularizers.items() if site not in adopted}
 
 

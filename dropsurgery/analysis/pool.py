@@ -15,8 +15,6 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-import torch
-
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 
@@ -33,7 +31,7 @@ class Pool(Generic[Task, Answer]):
 
     Args:
         function: gives the answer to a task.
-        jobs: how many workers, of one torch thread each.
+        jobs: how many workers.
         limit: seconds that a task may take, the start of its worker included.
         heavy: whether a task is so large that no two of them may run at once.
     """
@@ -133,7 +131,6 @@ def _cause(code: int | None) -> str:
 def _work(connection: Connection, function: Callable[..., Any]) -> None:
     """The worker's life: until the pipe ends. Ctrl-C is for the parent, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     while True:
         try:
             task = connection.recv()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -12,11 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import torch
 
 from dropsurgery.analysis.certify import FAILED, TRACES, VALUES, Certificate, certify
 from dropsurgery.analysis.pool import Lost, Pool
+from dropsurgery.analysis.progress import bar
 from dropsurgery.errors import SurgeryError
 from dropsurgery.recipe import Recipe
 
@@ -65,18 +64,19 @@ def sweep(names: Sequence[str], options: Options) -> Iterator[Certificate]:
         options: how.
     """
     book = _Book(options)
-    with Pool(partial(_certificate, recipe=options.recipe), options.jobs, options.limit, _heavy) as pool, _bar() as bar:
+    pool = Pool(partial(_certificate, recipe=options.recipe), options.jobs, options.limit, _heavy)
+    with pool, bar("{task.fields[trouble]} in trouble") as shown:
 
         def run(what: str, tasks: list[Task]) -> Iterator[Certificate]:
             known = {task: made for task in tasks if (made := book.get(task)) is not None}
             trouble = sum(not made.sound for made in known.values())
-            row = bar.add_task(what, total=len(tasks), completed=len(known), trouble=trouble)
+            row = shown.add_task(what, total=len(tasks), completed=len(known), trouble=trouble)
             yield from known.values()
             for task, answer in pool.run(task for task in tasks if task not in known):
                 made = _lost(task, answer) if isinstance(answer, Lost) else answer
                 book.add(made)
                 trouble += not made.sound
-                bar.update(row, advance=1, trouble=trouble)
+                shown.update(row, advance=1, trouble=trouble)
                 yield made
 
         traced = []
@@ -87,6 +87,7 @@ def sweep(names: Sequence[str], options: Options) -> Iterator[Certificate]:
 
 
 def _certificate(task: Task, recipe: Recipe | None) -> Certificate:
+    torch.set_num_threads(1)  # there is a worker for each core
     return certify(task.model, recipe, kind=task.kind)
 
 
@@ -107,18 +108,6 @@ def _to_compare(traced: Iterable[Certificate], which: str) -> Iterator[Task]:
     return (Task(made.model, VALUES, made.parameters) for made in families.values())
 
 
-def _bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[trouble]} in trouble"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(file=sys.stderr))
-
-
 # -- the file --------------------------------------------------------------------------------------------------
 class _Book:
     """The certificates of this run and, from the file, of earlier ones with the same versions and recipe."""
@@ -128,8 +117,10 @@ class _Book:
         self._recipe = _mark(options.recipe)
         self._versions = versions()
         self._known: dict[Key, Certificate] = {}
-        whole = "" if options.fresh or not self._file.exists() else self._file.read_text(encoding="utf-8")
-        self._file.write_text(whole[: whole.rfind("\n") + 1], encoding="utf-8")  # a run that was ended cuts a line off
+        text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
+        kept = "" if options.fresh else text[: text.rfind("\n") + 1]  # a run that was ended cuts a line off
+        if kept != text or not self._file.exists():
+            self._file.write_text(kept, encoding="utf-8")
         for made in read(self._file):
             if made.versions == self._versions and made.recipe == self._recipe:
                 self._known[made.model, made.kind, made.recipe] = made

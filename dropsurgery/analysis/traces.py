@@ -8,6 +8,7 @@ two computed the same numbers, whatever the numbers are; and a replay costs litt
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,32 +49,40 @@ class Trace:
     error: tuple[type, str] | None
 
 
-def record(model: nn.Module, inputs: Inputs) -> Trace:
-    """Run a model on the meta device in its mode, and write down what it does.
+def record(model: nn.Module, inputs: Inputs, *, grad: bool = False) -> Trace:
+    """Run a model on the meta device in its mode, with or without gradients, and write down what it does.
 
     Raises:
-        NotComparable: it asks for values.
+        NotComparable: it asks for values, or makes constants on its device.
     """
-    with torch.no_grad(), _Recorder() as recorder:
+    with torch.set_grad_enabled(grad), _Recorder() as recorder:
         result, error = _run(model, inputs)
-    if error is not None and (re.search(r"\bmeta\b", error[1]) or error[0] is NotImplementedError):
+    if error is not None and (re.search(r"\bmeta\b", error[1]) or error[0] in (NotComparable, NotImplementedError)):
         raise NotComparable(error[1].partition("\n")[0])
     return Trace(recorder.calls, _facts(result), error)
 
 
-def replay(trace: Trace, model: nn.Module, inputs: Inputs, marks: Marks | None = None) -> str | None:
-    """Run another model on the inputs of a trace; gives the first difference in words, None where there is none."""
-    difference = _replayed(trace, model, inputs, marks)
-    if difference is not None:  # a forward that meets such inputs first is recorded anew, by operators of its own
-        with torch.no_grad():
-            _run(model, inputs)
-        difference = _replayed(trace, model, inputs, marks)
+def replay(
+    trace: Trace, model: nn.Module, inputs: Inputs, *, grad: bool = False, marks: Marks | None = None
+) -> str | None:
+    """Run another model on the inputs of a trace; gives the first difference in words, None where there is none.
+
+    Where the first model refused the inputs, the other one has to do so in the same words.
+    """
+    difference = None if trace.error else _replayed(trace, model, inputs, grad, marks)
+    if difference is not None or trace.error:
+        # A forward that meets such inputs for the first time is recorded anew, by operators of its own.
+        with torch.set_grad_enabled(grad):
+            _, error = _run(model, inputs)
+        if error or trace.error:
+            return None if _alike(trace.error, error) else f"expected {_told(trace.error)}, got {_told(error)}"
+        difference = _replayed(trace, model, inputs, grad, marks)
     return difference
 
 
-def _replayed(trace: Trace, model: nn.Module, inputs: Inputs, marks: Marks | None) -> str | None:
+def _replayed(trace: Trace, model: nn.Module, inputs: Inputs, grad: bool, marks: Marks | None) -> str | None:
     try:
-        with torch.no_grad(), _Replayer(trace, marks or Marks()) as replayer:
+        with torch.set_grad_enabled(grad), _Replayer(trace, marks or Marks()) as replayer:
             result, error = _run(model, inputs)
         replayer.end(result, error)
     except Differs as difference:
@@ -103,7 +112,7 @@ class Marks:
         def mark(module: nn.Module, args: Any, result: Tensor) -> Tensor:
             self.made.add(name)
             with _disable_current_modes():
-                marked = result.detach()
+                marked = result.view_as(result)
             _, before = self._marked.get(id(result), (result, frozenset()))
             self._marked[id(marked)] = marked, before | {name}  # kept, so that no other tensor gets its id
             return marked
@@ -117,9 +126,6 @@ class Marks:
                 self.used |= self._marked[id(tensor)][1]
 
 
-_RAISED = object()
-
-
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -127,17 +133,67 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kept = (args, kwargs or {})
+        if func is torch.ops.aten.lift_fresh.default and args[0].is_meta:
+            raise NotComparable("it makes constants on its device, whose values a trace does not show")
         facts = _facts(kept)  # now: an operator may change the shape of what it is given
-        try:
-            result = func(*args, **kept[1])
-        except Exception:
-            self.calls.append(Call(func, facts, kept, _RAISED))
-            raise
+        result = _shapes.run(func, kept)
         if args and result is args[0]:  # in place
             self.calls.append(Call(func, facts, kept, None))
             return result
         self.calls.append(Call(func, facts, kept, result))
         return _alias(result)
+
+
+class _Shapes:
+    """Results on the meta device, which are shapes: what was run on such shapes before is not run again."""
+
+    limit = 50_000
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def run(self, func: Any, call: tuple[Any, dict[str, Any]]) -> Any:
+        """The result of an operator; views and what changes shapes in place are its own."""
+        args, kwargs = call
+        key = (func, _facts(call, _geometry))
+        if key in self._known:
+            known = self._known[key]
+            if known is _IN_PLACE:
+                return args[0]
+            return tuple(map(_empty, known)) if isinstance(known, list) else _empty(known)
+        result = func(*args, **kwargs)
+        if len(self._known) == self.limit:
+            self._known.clear()
+        if _keeps_shapes(func):
+            if args and result is args[0]:
+                self._known[key] = _IN_PLACE
+            elif not func._schema.is_mutable and all(tensor.is_meta for tensor in _several(result)):
+                made = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in _several(result)]
+                self._known[key] = made if isinstance(result, tuple) else made[0]
+        return result
+
+
+_IN_PLACE = object()
+
+
+@functools.cache
+def _keeps_shapes(func: Any) -> bool:
+    """Whether an operator gives tensors of its own, or the one that it works on in place, in its old shape."""
+    returns = func._schema.returns
+    views = any(value.alias_info and not value.alias_info.is_write for value in returns)
+    tensors = all(isinstance(value.type, torch.TensorType) for value in returns)
+    return tensors and not views and torch.Tag.inplace_view not in func.tags
+
+
+def _several(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _empty(like: tuple[Any, Any, torch.dtype]) -> Tensor:
+    return torch.empty_strided(like[0], like[1], dtype=like[2], device="meta")
+
+
+_shapes = _Shapes()
 
 
 class _Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -149,9 +205,11 @@ class _Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (args, kwargs or {})
+        if func is torch.ops.aten.copy_.default and _facts(args[0]) == _facts(args[1]):
+            self._marks.see(given)
+            return args[0]  # what a regularizer gave back, written where it came from: with a mark, no longer itself
         if self._at == len(self._trace.calls):
-            expected = "the end" if self._trace.error is None else _told(self._trace.error)
-            raise Differs(f"expected {expected}, got {func}{self._place()}")
+            raise Differs(f"expected the end, got {func}{self._place()}")
         call = self._trace.calls[self._at]
         if func is not call.operator:
             raise Differs(f"expected {call.operator}, got {func}{self._place()}")
@@ -160,15 +218,14 @@ class _Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Differs(f"other arguments of {func}: {_shown(given)}, expected {_shown(call.kept)}{self._place()}")
         self._marks.see(given)
         self._at += 1
-        if call.result is _RAISED or torch.Tag.inplace_view in func.tags:
+        if torch.Tag.inplace_view in func.tags:
             return func(*args, **given[1])
         return args[0] if call.result is None and args else _alias(call.result)
 
     def end(self, result: Any, error: tuple[type, str] | None) -> None:
         """The forward is over: it must have come as far as the trace, and to the same end."""
-        expected = self._trace.error
-        if error != expected:
-            raise Differs(f"expected {_told(expected)}, got {_told(error)}{self._place()}")
+        if error is not None:
+            raise Differs(_told(error))
         if self._at < len(self._trace.calls):
             raise Differs(f"expected {self._trace.calls[self._at].operator}, got the end{self._place()}")
         self._marks.see(result)
@@ -186,23 +243,27 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[Any, tuple[type, str] | None
         return None, (type(error), str(error))
 
 
-def _facts(tree: Any) -> Any:
-    """Arguments or results as what can be compared: where a tensor's numbers are, not what they are."""
-    if isinstance(tree, Tensor):
-        return _tensor_facts(tree)
-    if isinstance(tree, (list, tuple)):
-        return (type(tree), *map(_facts, tree))
-    if isinstance(tree, Mapping):
-        return (type(tree), *((key, _facts(value)) for key, value in tree.items()))
-    return (type(tree), repr(tree) if isinstance(tree, float) else tree)  # nan is no nan
-
-
-def _tensor_facts(tensor: Tensor) -> Any:
+def _identity(tensor: Tensor) -> Any:
+    """What makes a tensor this one: where its numbers are, not what they are; in what order it shows which of them."""
     if tensor.is_meta:
-        storage = tensor.untyped_storage()._cdata
-        return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        return tensor.untyped_storage()._cdata, tensor.storage_offset(), *_geometry(tensor)
     # A constant that the forward makes: each forward has its own, so its numbers count.
-    return tensor.dtype, tensor.shape, tensor.numpy(force=True).tobytes()
+    return tensor.shape, tensor.dtype, tensor.detach().reshape(-1).view(torch.uint8).numpy(force=True).tobytes()
+
+
+def _geometry(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _facts(tree: Any, of: Callable[[Tensor], Any] = _identity) -> Any:
+    """Arguments or results as what can be compared."""
+    if isinstance(tree, Tensor):
+        return of(tree)
+    if isinstance(tree, (list, tuple)):
+        return (type(tree), *[_facts(item, of) for item in tree])
+    if isinstance(tree, Mapping):
+        return (type(tree), *[(key, _facts(value, of)) for key, value in tree.items()])
+    return (type(tree), repr(tree) if isinstance(tree, float) else tree)  # nan is no nan
 
 
 def _alias(tree: Any) -> Any:
@@ -224,6 +285,11 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, Mapping):
         for item in tree.values():
             yield from tensors_of(item)
+
+
+def _alike(one: tuple[type, str] | None, other: tuple[type, str] | None) -> bool:
+    """Whether two errors are the same; torch's own are worded by the device, and that of a recording is not meta."""
+    return one == other or (one is not None and other is not None and one[0] is other[0] is RuntimeError)
 
 
 def _told(error: tuple[type, str] | None) -> str:
