@@ -204,7 +204,7 @@ SEGMENTERS = {
     "PSPNet ghostnet": segmenter("PSPNet", "tu-ghostnet_050"),
     "UPerNet swin": segmenter("UPerNet", "tu-swin_tiny_patch4_window7_224", decoder_channels=32, **SWIN),
     "Segformer pvt": segmenter("Segformer", "tu-pvt_v2_b0"),
-    "DPT vit": segmenter("DPT", "tu-vit_tiny_patch16_224", decoder_fusion_channels=32, **VIT),
+    "DPT vit": segmenter("DPT", "tu-vit_tiny_patch16_224", decoder_fusion_channels=32, dynamic_img_size=True),
 }
 
 
