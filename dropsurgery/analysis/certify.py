@@ -13,21 +13,18 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from dropsurgery import api, catalogue
 from dropsurgery.analysis import laws, memory, values
 from dropsurgery.analysis.traces import NotComparable
 from dropsurgery.capture import Captured, capture
-from dropsurgery.context import Context
 from dropsurgery.errors import PlanError, SurgeryError
 from dropsurgery.models import example_inputs, family, make_model
-from dropsurgery.planning import Plan, Sites, plan
+from dropsurgery.planning import Sites, plan
 from dropsurgery.recipe import Recipe, load_recipe
 from dropsurgery.records import Site, TensorFact
-from dropsurgery.rewriting import rewrite, strip
-from dropsurgery.surgery import Surgery
+from dropsurgery.rewriting import strip
 
 WHOLE, OPAQUE, REFUSED, UNBUILT, FAILED = "wholly", "with opaque parts", "refused", "not built", "failed"
 """What a capture comes to; UNBUILT: the model's own library cannot build it; FAILED: no answer, or a crash."""
@@ -174,17 +171,7 @@ def _operated(made: Certificate, captured: Captured, recipe: Recipe | None) -> f
             made.misfit = str(error)
             return None
         made.edits = len(planned.edits)
-        return _rewritten(captured, planned)
-
-
-def _rewritten(captured: Captured, planned: Plan) -> fx.GraphModule:
-    device = next((tensor.device for tensor in captured.model.parameters()), torch.device("cpu"))
-    with device:
-        gm = rewrite(captured, planned.edits, lambda edit: api._build(edit).to(device))
-    captured.view.release()
-    gm.__dict__["surgery"] = Surgery(gm, planned.detached(), Context(None))
-    assert isinstance(gm, fx.GraphModule)
-    return gm
+        return api.operate(captured, planned)
 
 
 def sites_by_edge(captured: Captured) -> dict[str, dict[str, list[Site]]]:

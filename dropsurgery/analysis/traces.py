@@ -69,18 +69,10 @@ def replay(
 
     Where the first model refused the inputs, the other one has to do so in the same words.
     """
-    difference = None if trace.error else _replayed(trace, model, inputs, grad, marks)
-    if difference is not None or trace.error:
-        # A forward that meets such inputs for the first time is recorded anew, by operators of its own.
+    if trace.error is not None:
         with torch.set_grad_enabled(grad):
             _, error = _run(model, inputs)
-        if error or trace.error:
-            return None if _alike(trace.error, error) else f"expected {_told(trace.error)}, got {_told(error)}"
-        difference = _replayed(trace, model, inputs, grad, marks)
-    return difference
-
-
-def _replayed(trace: Trace, model: nn.Module, inputs: Inputs, grad: bool, marks: Marks | None) -> str | None:
+        return None if _alike(trace.error, error) else f"expected {_told(trace.error)}, got {_told(error)}"
     try:
         with torch.set_grad_enabled(grad), _Replayer(trace, marks or Marks()) as replayer:
             result, error = _run(model, inputs)
@@ -225,7 +217,7 @@ class _Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def end(self, result: Any, error: tuple[type, str] | None) -> None:
         """The forward is over: it must have come as far as the trace, and to the same end."""
         if error is not None:
-            raise Differs(_told(error))
+            raise Differs(f"expected no error, got {_told(error)}{self._place()}")
         if self._at < len(self._trace.calls):
             raise Differs(f"expected {self._trace.calls[self._at].operator}, got the end{self._place()}")
         self._marks.see(result)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from dropsurgery import api
 from dropsurgery.analysis import certify as certifying
 from dropsurgery.analysis.certify import FAILED, OPAQUE, REFUSED, TRACES, UNBUILT, VALUES, WHOLE, Certificate, certify
 from dropsurgery.analysis.laws import inserted
@@ -179,14 +180,14 @@ SABOTAGE: dict[Callable[[Any], None], str] = {
 @pytest.mark.parametrize("sabotage", SABOTAGE, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("kind", [TRACES, VALUES])
 def test_sabotage_is_noticed(sabotage: Callable[[Any], None], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = certifying._rewritten
+    right = api.operate
 
     def wrong(*args: Any) -> fx.GraphModule:
         gm = right(*args)
         sabotage(gm)
         return gm
 
-    monkeypatch.setattr(certifying, "_rewritten", wrong)
+    monkeypatch.setattr(api, "operate", wrong)
     made = certify("conv", kind=kind)
     assert not made.sound and made.status == WHOLE
     if kind == TRACES:
@@ -194,7 +195,7 @@ def test_sabotage_is_noticed(sabotage: Callable[[Any], None], kind: str, monkeyp
 
 
 def test_a_result_that_is_thrown_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = certifying._rewritten
+    right = api.operate
 
     def wrong(*args: Any) -> fx.GraphModule:
         gm = right(*args)
@@ -202,19 +203,19 @@ def test_a_result_that_is_thrown_away_is_noticed(monkeypatch: pytest.MonkeyPatch
             monkeypatch.setattr(type(regularizer), "__call__", lambda self, x: (nn.Module.__call__(self, x), x)[1])
         return gm
 
-    monkeypatch.setattr(certifying, "_rewritten", wrong)
+    monkeypatch.setattr(api, "operate", wrong)
     assert "whose result nothing uses" in "\n".join(certify("conv").broken)
 
 
 def test_a_model_that_is_changed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = certifying._rewritten
+    right = api.operate
 
     def wrong(captured: Any, planned: Any) -> fx.GraphModule:
         captured.model[1].momentum = 0.5
         torch.rand(1)
         return right(captured, planned)
 
-    monkeypatch.setattr(certifying, "_rewritten", wrong)
+    monkeypatch.setattr(api, "operate", wrong)
     assert set(certify("conv").broken) == {"surgery changed 1", "surgery changed the random state"}
 
 
@@ -225,7 +226,7 @@ def test_a_strip_that_leaves_something_is_noticed(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("stage", "status"),
-    [("capture", REFUSED), ("sites_by_edge", REFUSED), ("plan", REFUSED), ("rewrite", REFUSED), ("strip", FAILED)],
+    [("capture", REFUSED), ("sites_by_edge", REFUSED), ("plan", REFUSED), ("everywhere", REFUSED), ("strip", FAILED)],
 )
 def test_an_error_in_a_stage_is_told(stage: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> None:
