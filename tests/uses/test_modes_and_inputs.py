@@ -18,6 +18,8 @@ from tests.uses.cases import calling, check_use, converted, images, made
 
 SWIN: dict[str, Any] = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 1, 1, 1)}
 
+RATES: dict[str, Any] = {"drop_path_rate": 0.1, "proj_drop_rate": 0.1, "pos_drop_rate": 0.1}
+
 
 def model_of(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=5, **options)
@@ -83,7 +85,7 @@ STOCHASTIC: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "convnext": (model_of("convnext_atto", drop_path_rate=0.1), 11),
     "regnet": (model_of("regnety_002", drop_path_rate=0.1), 12),
     "swin": (model_of("swin_tiny_patch4_window7_224", drop_path_rate=0.1, **SWIN), 6),
-    "vit": (model_of("vit_tiny_patch16_224", img_size=64, depth=3, drop_path_rate=0.1), 4),
+    "vit": (model_of("vit_tiny_patch16_224", img_size=64, depth=3, **RATES), 14),
 }
 """What holds how many layers with a rate above 0."""
 
