@@ -55,7 +55,7 @@ def copy_tree(root: nn.Module, make: Make = bare, *, share_tensors: bool = True)
         fields = copied.__dict__
         for name, value in module.__dict__.items():
             fields[name] = value if type(value) in _ATOMS else _copied(name, value, twins, share_tensors)
-            if name in HOOKS and value:
+            if name in HOOKS and collectors:
                 twins[id(value)] = fields[name]
     for collector in collectors:  # last: the handles in it are those of hooks
         redirected = {name: redirect(value, twins) for name, value in collector.__dict__.items()}
