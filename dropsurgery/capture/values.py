@@ -190,7 +190,7 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
         if not _by_rule():
             return self.run(function, args, kwargs)
         with torch._C.DisableTorchFunction():
-            if function in _UNARY and isinstance(args[0], FakeTensor):
+            if function in _UNARY and args and isinstance(args[0], FakeTensor):
                 return self.like(args[0])
             if function in _BINARY and len(args) == 2 and not kwargs and isinstance(args[0], FakeTensor):
                 shape = _binary_shape(*args)
@@ -198,11 +198,11 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
                     return self.like(args[0], shape)
             if function is F.scaled_dot_product_attention and _is_plain_attention(args, kwargs):
                 return self.like(args[0], (*args[0].shape[:-1], args[2].shape[-1]))
-            if function is torch.cat:
+            if function is torch.cat and args:
                 joined = _cat_shape(*args, **kwargs)
                 if joined:
                     return self.like(args[0][0], joined)
-        if function in _BY_META:
+        if function in _BY_META and args:
             result = self._by_meta(function, args, kwargs)
             if result is not NotImplemented:
                 return result
