@@ -275,7 +275,7 @@ class _Tree:
         """The outermost module around the first layer that is not around the stages too."""
         assert self.first is not None
         outside = [prefix for prefix in prefixes(place_of(self.first)) if not is_within(holder, prefix)]
-        return outside[0]
+        return outside[0] if outside else place_of(self.first)
 
     def _stem_end(self, fork: int) -> int:
         """The position after the module that takes the input, if that goes to reduction 4 and has the first fork."""
