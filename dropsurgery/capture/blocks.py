@@ -44,7 +44,7 @@ def find_blocks(flow: Dataflow, regions: list[Region]) -> tuple[list[int], dict[
 
 def _kinds(flow: Dataflow, region: Region) -> Kinds:
     """What the branch of a join computes, in order."""
-    kinds = (kind_of(node) for node in sorted(region.branch, key=flow.order.__getitem__))
+    kinds = (flow.kind[node] for node in sorted(region.branch, key=flow.order.__getitem__))
     return tuple(kind for kind in kinds if kind != "identity")
 
 

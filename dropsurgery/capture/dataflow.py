@@ -19,7 +19,7 @@ _OF_THE_FIRST = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
 
 
 class Dataflow:
-    """Nodes that depend on a placeholder, in topological order, with edges between them only.
+    """Nodes that depend on a placeholder, in topological order, with edges between them only, and their kinds.
 
     A component of an opaque part whose input is the very tensor of an earlier node (`meta["continues"]`) goes on
     from there.
@@ -29,10 +29,12 @@ class Dataflow:
         self.order: dict[fx.Node, int] = {}
         self.inputs: dict[fx.Node, list[fx.Node]] = {}
         self.users: dict[fx.Node, list[fx.Node]] = {}
+        self.kind: dict[fx.Node, str | None] = {}
+        self._weighted: dict[fx.Node, bool] = {}
         for node in graph.nodes:
             sources = [source for source in _data_inputs(node) if source in self.order]
             if _is_source(node) or (sources and holds_tensor(node.meta.get("value"))):
-                self.order[node] = len(self.order)
+                self.order[node], self.kind[node] = len(self.order), kind_of(node)
                 self.inputs[node], self.users[node] = sources, []
                 for source in sources:
                     self.users[source].append(node)
@@ -57,10 +59,11 @@ class Dataflow:
 
     def weighted(self, node: fx.Node) -> bool:
         """Whether the node has parameters, its own or passed to it (`F.conv2d`, a layer scale)."""
-        module = node.meta.get("module")
-        if module is not None:
-            return next(module.parameters(), None) is not None
-        return any(_is_weight(source) for source in tensor_inputs(node) if source not in self.order)
+        if node not in self._weighted:
+            module = node.meta.get("module")
+            given = (_is_weight(source) for source in tensor_inputs(node) if source not in self.order)
+            self._weighted[node] = any(given) if module is None else next(module.parameters(), None) is not None
+        return self._weighted[node]
 
     def learns(self, node: fx.Node) -> bool | None:
         """Whether a node's parameters, its own or passed to it, require gradients; None if it has none.

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import fx
 
 from dropsurgery.capture.dataflow import Dataflow, is_within, shape_of
-from dropsurgery.kinds import kind_of
 
 _LAYERS = ("conv", "linear", "conv_transpose")
 _MIXING = {operator.matmul, torch.matmul, torch.bmm, torch.einsum, F.scaled_dot_product_attention, "matmul", "bmm"}
@@ -65,7 +64,7 @@ def find_joins(flow: Dataflow, roles: dict[fx.Node, str]) -> tuple[list[Region],
     finder = _Finder(flow, roles)
     refused: dict[fx.Node, str] = {}
     for node in flow.order:
-        if kind_of(node) == "add":
+        if flow.kind[node] == "add":
             found = finder.region(node)
             if isinstance(found, str):
                 refused[node] = found
@@ -83,6 +82,7 @@ class _Finder:
         self.flow, self.roles = flow, roles
         self.found: list[Region] = []
         self.residual: dict[fx.Node, fx.Node] = {}
+        self._costs: dict[fx.Node, Cost] = {}
 
     def region(self, node: fx.Node) -> Region | str:
         """The region of a join, or why the addition is none."""
@@ -115,14 +115,16 @@ class _Finder:
         return _Side(frozenset(far) - {fork}, far[end])
 
     def _cost(self, node: fx.Node) -> Cost:
-        kind, weighted = kind_of(node), self.flow.weighted(node)
-        layer = kind in _LAYERS or (weighted and kind is None and node.op == "call_module")
-        return (int(layer), int(weighted), int(kind == "pool"))
+        if node not in self._costs:
+            kind, weighted = self.flow.kind[node], self.flow.weighted(node)
+            layer = kind in _LAYERS or (weighted and kind is None and node.op == "call_module")
+            self._costs[node] = (int(layer), int(weighted), int(kind == "pool"))
+        return self._costs[node]
 
     def _objection(self, node: fx.Node, fork: fx.Node, sides: list[_Side]) -> str | None:
         """Why operands that come from one fork are no branch and shortcut, whichever is which."""
         inside = sides[0].nodes | sides[1].nodes | {node}
-        if any(kind_of(n) in ("upsample", "conv_transpose") for n in inside):
+        if any(self.flow.kind[n] in ("upsample", "conv_transpose") for n in inside):
             closed = all(user in inside for n in inside - {node} for user in self.flow.users[n])
             if not closed or self.roles[node] == "decoder":
                 return "add merges different resolutions: an operand is upsampled on its way from the fork"
@@ -141,7 +143,7 @@ class _Finder:
         return {source for n in own for source in self.flow.inputs[n] if not is_within(source.meta["owner"], owner)}
 
     def _mixes(self, node: fx.Node) -> bool:
-        kind = kind_of(node)
+        kind = self.flow.kind[node]
         if kind in _LAYERS or kind == "pool" or node.target in _MIXING:
             return True
         return node.op == "call_module" and kind not in _POINTWISE
@@ -155,7 +157,7 @@ class _Finder:
         if any(streams) if shortcut is None else streams[shortcut]:
             return "add merges two streams that each have residual blocks of their own"
         if shortcut is None:
-            if not all(any(kind_of(n) in _LAYERS for n in side.nodes) for side in sides):
+            if not all(any(self.flow.kind[n] in _LAYERS for n in side.nodes) for side in sides):
                 return "add has operands of equal weight, not both with a convolution or linear layer"
             return Region(node, Join(fork, (0, 1), None), sides[0].nodes | sides[1].nodes, frozenset())
         straight = sides[shortcut].nodes | {fork}

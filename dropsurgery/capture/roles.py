@@ -16,7 +16,6 @@ from torch import fx
 
 from dropsurgery.capture.dataflow import Dataflow, prefixes, shape_of
 from dropsurgery.capture.spaces import Space, main_input
-from dropsurgery.kinds import kind_of
 
 
 def find_roles(flow: Dataflow, spaces: dict[fx.Node, Space]) -> dict[fx.Node, str]:
@@ -71,7 +70,7 @@ def _new_depths(flow: Dataflow, spaces: dict[fx.Node, Space]) -> set[fx.Node]:
 
 
 def _enlarges(flow: Dataflow, spaces: dict[fx.Node, Space], node: fx.Node) -> bool:
-    if kind_of(node) not in ("upsample", "conv_transpose"):
+    if flow.kind[node] not in ("upsample", "conv_transpose"):
         return False
     return spaces[node].reduction < spaces[main_input(node, flow.inputs[node], spaces)].reduction
 
@@ -102,7 +101,7 @@ def _last_layer(flow: Dataflow, decoder: set[fx.Node]) -> set[fx.Node]:
     final = {
         node
         for node in flow.order
-        if kind_of(node) in ("conv", "linear", "conv_transpose")
+        if flow.kind[node] in ("conv", "linear", "conv_transpose")
         and flow.order[node] >= max(parts, default=0)  # what ends an earlier part of an opaque forward is used later
         and not any(user in followed for user in flow.users[node])
     }

@@ -34,7 +34,7 @@ from dropsurgery.capture.blocks import find_blocks
 from dropsurgery.capture.dataflow import Dataflow, is_within, place_of, prefixes, shape_of
 from dropsurgery.capture.joins import Region
 from dropsurgery.capture.spaces import Space, main_input
-from dropsurgery.kinds import conv_fact, kind_of
+from dropsurgery.kinds import conv_fact
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Backbone:
         for node in reversed(self.flow.order):
             floor[node] = min(floor[node], own.get(node, floor[node]))
             inputs = self.flow.inputs[node]
-            kind = kind_of(node)
+            kind = self.flow.kind[node]
             if inputs and kind not in ("upsample", "conv_transpose"):
                 for source in [main_input(node, inputs, self.spaces)] if kind == "cat" else inputs:
                     floor[source] = min(floor[source], floor[node])
@@ -323,9 +323,9 @@ def _first_fork(backbone: _Backbone) -> int:
 def _opening(flow: Dataflow, fork: fx.Node) -> int:
     """The position at which the block of a fork begins: after it, or at its pre-activation if it has one."""
     first = fork
-    while kind_of(first) in ("norm", "norm_act", "activation", "identity") and flow.inputs[first]:
+    while flow.kind[first] in ("norm", "norm_act", "activation", "identity") and flow.inputs[first]:
         below = flow.inputs[first][0]
-        if kind_of(below) == "pool":
+        if flow.kind[below] == "pool":
             return flow.order[first]
         first = below
     return flow.order[fork] + 1
