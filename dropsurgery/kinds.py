@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
     ((nn.LPPool1d, nn.LPPool2d, nn.LPPool3d), ("pool", "lp_pool")),
     ((nn.Upsample, nn.PixelShuffle), ("upsample",)),
     ((nn.Sigmoid, nn.Hardsigmoid), ("activation", "sigmoid")),
+    ((nn.GLU,), ("glu",)),
     ((nn.Softmax, nn.Softmax2d), ("softmax",)),
     ((nn.MultiheadAttention,), ("attention",)),
     ((nn.Flatten, nn.Unflatten), ("layout",)),
@@ -73,6 +75,7 @@ _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("reduction",): ("sum", "max", "logsumexp"),
     ("reduction", "mean"): ("mean",),
     ("reduction", "amax"): ("amax",),
+    ("glu",): ("glu",),
     ("softmax",): ("softmax",),
     ("matmul",): ("matmul", "bmm", "einsum"),
     ("attention",): ("scaled_dot_product_attention",),
@@ -152,14 +155,21 @@ def kind_of(node: fx.Node) -> str | None:
 
 
 def _module_kinds(module: nn.Module) -> tuple[str, ...]:
-    for classes, kinds in _MODULES:
-        if isinstance(module, classes):
-            if kinds[0] == "norm" and any(map(_activates, module.children())):
-                return ("norm_act", f"{kinds[1]}_act")
-            return kinds
-    if isinstance(module, _ACTIVATIONS):
-        return ("activation",)
-    return ()
+    kinds = _class_kinds(type(module))
+    if kinds and kinds[0] == "norm" and module._modules and any(map(_activates, module.children())):
+        return ("norm_act", f"{kinds[1]}_act")
+    return kinds
+
+
+def _class_kinds(cls: type[nn.Module]) -> tuple[str, ...]:
+    known = _known_classes.get(cls)
+    if known is None:
+        fitting = (kinds for classes, kinds in _MODULES if issubclass(cls, classes))
+        known = _known_classes[cls] = next(fitting, ("activation",) if issubclass(cls, _ACTIVATIONS) else ())
+    return known
+
+
+_known_classes: WeakKeyDictionary[type[nn.Module], tuple[str, ...]] = WeakKeyDictionary()
 
 
 def _activates(child: nn.Module) -> bool:

@@ -162,8 +162,11 @@ def find(graph: fx.Graph, pattern: Pattern) -> Found:
     """All places of an annotated flat graph where a pattern fits, and where its first operation alone does."""
     matches: list[Match] = []
     misses: list[Miss] = []
+    first = {form[0].kind for form in pattern.forms}
     for node in graph.nodes:
         if node.meta["role"] is None:  # computes on parameters, sizes or constants only
+            continue
+        if None not in first and first.isdisjoint(kinds_of(node)):
             continue
         result = pattern.match(node)
         if isinstance(result, Match):

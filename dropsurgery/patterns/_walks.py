@@ -79,8 +79,8 @@ def between(end: fx.Node, start: fx.Node) -> set[fx.Node] | None:
 
 
 def concatenated(cat: fx.Node) -> list[fx.Node]:
-    """The tensors that a concatenation along the channels joins; none for other axes, or where it hides them."""
-    given = cat.args[0] if cat.args else None
+    """The tensors that a concatenation along the channels joins; none for other axes."""
+    given = cat.args[0] if cat.args else cat.kwargs.get("tensors")
     value, channels = cat.meta.get("value"), cat.meta["channel_axis"]
     if not isinstance(given, (list, tuple)) or not isinstance(value, TensorFact):
         return []
@@ -88,7 +88,15 @@ def concatenated(cat: fx.Node) -> list[fx.Node]:
     rank = len(value.shape)
     if not isinstance(dim, int) or dim % rank != (1 if channels is None else channels % rank):
         return []
-    return [each for each in given if isinstance(each, fx.Node)]
+    joined = [each for each in given if isinstance(each, fx.Node)]
+    return joined if len(joined) == len(given) else []
+
+
+def operands(cat: fx.Node, indices: Iterable[int]) -> tuple[Edge, ...] | Miss:
+    """Some of the tensors that a concatenation joins, as edges."""
+    if not cat.args:
+        return Miss(f"{called(cat)} takes its operands by keyword, only positions can be reached", cat)
+    return tuple(Edge(cat, (0, index)) for index in indices)
 
 
 def enlarges(node: fx.Node) -> bool:

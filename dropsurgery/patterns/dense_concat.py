@@ -12,28 +12,28 @@ import operator
 from torch import fx
 
 from dropsurgery.kinds import data_inputs, kind_of, mixes, tensor_users
-from dropsurgery.matching import After, Match, Pattern, ops
-from dropsurgery.patterns._walks import concatenated, enlarges, found, reason
+from dropsurgery.matching import After, Match, Miss, Pattern, ops
+from dropsurgery.patterns._walks import concatenated, enlarges, found, operands, reason
 from dropsurgery.records import Edge
 
 
 def _appended(cat: fx.Node) -> list[int] | str:
     """The indices of the operands that are new; or why there are none."""
-    operands = concatenated(cat)
-    if len(operands) < 2:
+    joined = concatenated(cat)
+    if len(joined) < 2:
         return "it does not join several maps along their channels"
-    for before in _before(operands):
-        new = _new(operands, before)
+    for before in _before(joined):
+        new = _new(joined, before)
         if new and (kind_of(before) == "cat" or _goes_on(cat)):
             return new
     return "no operand was made from what the others join"
 
 
-def _before(operands: list[fx.Node]) -> list[fx.Node]:
+def _before(joined: list[fx.Node]) -> list[fx.Node]:
     """What the row may have held before: a concatenation of some of the operands, or one operand itself."""
-    cats = [user for user in tensor_users(operands[0]) if kind_of(user) == "cat"]
-    shorter = [each for each in cats if set(concatenated(each)) < set(operands)]
-    return [*shorter[::-1], *map(_whole, operands)]
+    cats = [user for user in tensor_users(joined[0]) if kind_of(user) == "cat"]
+    shorter = [each for each in cats if set(concatenated(each)) < set(joined)]
+    return [*shorter[::-1], *map(_whole, joined)]
 
 
 def _whole(operand: fx.Node) -> fx.Node:
@@ -43,11 +43,11 @@ def _whole(operand: fx.Node) -> fx.Node:
     return operand
 
 
-def _new(operands: list[fx.Node], before: fx.Node) -> list[int]:
+def _new(joined: list[fx.Node], before: fx.Node) -> list[int]:
     """The indices of the operands that layers made from `before`; a residual sum (DPN) is carried on, not new."""
     held = set(concatenated(before)) if kind_of(before) == "cat" else set()
-    fresh = [index for index, each in enumerate(operands) if each not in held and "join" not in each.meta]
-    return [index for index in fresh if _whole(operands[index]) is not before and _made(operands[index], before)]
+    fresh = [index for index, each in enumerate(joined) if each not in held and "join" not in each.meta]
+    return [index for index in fresh if _whole(joined[index]) is not before and _made(joined[index], before)]
 
 
 def _made(node: fx.Node, before: fx.Node) -> bool:
@@ -74,9 +74,9 @@ def _goes_on(cat: fx.Node) -> bool:
     return any(_new(concatenated(each), cat) for each in later)
 
 
-def _new_edges(match: Match) -> tuple[Edge, ...]:
+def _new_edges(match: Match) -> tuple[Edge, ...] | Miss:
     cat = match.nodes["cat"]
-    return tuple(Edge(cat, (0, index)) for index in found(_appended(cat)))
+    return operands(cat, found(_appended(cat)))
 
 
 PATTERN = Pattern(

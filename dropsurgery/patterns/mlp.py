@@ -18,7 +18,8 @@ from dropsurgery.matching import After, Pattern, called, ops
 from dropsurgery.patterns._walks import between, depthwise, found, into_all, nearest, pointwise_layer, pooled, reason
 from dropsurgery.records import Edge
 
-_INSIDE = ("identity", "layout", "activation", "norm", "norm_act", "add", "mul", "conv", None)
+_ACTIVATIONS = ("activation", "norm_act", "glu")
+_INSIDE = (*_ACTIVATIONS, "identity", "layout", "norm", "add", "mul", "conv", None)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _before_norm(node: fx.Node) -> fx.Node | None:
     if kind_of(node) == "add" and len(inputs) == 2:
         source = min(inputs)
         inside = between(node, source)
-        if inside and not any(mixes(each) or kind_of(each) in ("activation", "norm_act") for each in inside):
+        if inside and not any(mixes(each) or kind_of(each) in _ACTIVATIONS for each in inside):
             return source
     return None
 
@@ -86,7 +87,7 @@ def _not_hidden(hidden: fx.Node, first: list[fx.Node], inside: set[fx.Node]) -> 
         return f"{called(strange[0])} comes before the activation"
     if len({_read(layer) for layer in first}) > 1:
         return "the hidden tensor comes from several layers of different inputs"
-    if not any(kind_of(node) in ("activation", "norm_act") for node in inside):
+    if not any(kind_of(node) in _ACTIVATIONS for node in inside):
         return "no activation between the layers"
     if pooled(first[0]):
         return "the layers work on one pooled point: those of a gate"

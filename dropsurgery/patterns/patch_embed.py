@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from dropsurgery.kinds import conv_fact, data_inputs, kind_of, tensor_users
+from dropsurgery.kinds import conv_fact, data_inputs, kind_of, skip_identities, tensor_users
 from dropsurgery.matching import Into, Match, Pattern, called, ops
 from dropsurgery.patterns._walks import first_inputs, nearest, only_user
 from dropsurgery.records import Edge, TensorFact
@@ -27,7 +27,7 @@ def _makes_tokens(match: Match) -> str | None:
     fact = conv_fact(layer)
     first = bool(first_inputs(layer))
     if fact is None:
-        return None if first and _rank(layer) == 3 else f"{called(layer)} does not read patches of the input"
+        return None if first and _embeds(layer) else f"{called(layer)} does not embed patches of the input"
     if fact.groups > 1:
         return f"{called(layer)} is grouped"
     if first and fact.kernel == fact.stride and min(fact.kernel) > 1:
@@ -35,11 +35,20 @@ def _makes_tokens(match: Match) -> str | None:
     if layer.meta["flow"] != "trunk":
         return f"{called(layer)} lies inside a residual block"
     tokens = _follow(layer, (*_LAID_OUT, "add"))  # positions may be added to the map
-    if _rank(tokens) != 3 and not (tokens.meta["channel_axis"] == -1 and not _joins_before(layer)):
+    last = _rank(tokens) > 3 and tokens.meta["channel_axis"] == -1 and not _joins_before(layer)
+    if _rank(tokens) != 3 and not last:
         return f"{called(layer)} makes no tokens"
     if max(fact.stride) == 1 and nearest(tensor_users(layer), tensor_users, lambda node: conv_fact(node) is not None):
         return f"{called(layer)} makes tokens that become a map again"
     return None
+
+
+def _embeds(layer: fx.Node) -> bool:
+    """Whether a linear layer that reads the input makes tokens to go on with: not queries or a hidden layer."""
+    following = _follow(layer, ("layout", "norm", "norm_act"))
+    users = skip_identities(following, tensor_users)
+    alone = layer.meta["flow"] == "trunk" and not any(kind_of(user) in ("activation", "glu", "mul") for user in users)
+    return alone and _rank(layer) == 3
 
 
 def _rank(node: fx.Node) -> int:

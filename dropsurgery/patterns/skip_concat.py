@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import fx
 
 from dropsurgery.kinds import data_inputs, kind_of, kinds_of
-from dropsurgery.matching import After, Match, Pattern, called, ops
-from dropsurgery.patterns._walks import concatenated, enlarges, found, main_input, nearest, reason
+from dropsurgery.matching import After, Match, Miss, Pattern, called, ops
+from dropsurgery.patterns._walks import concatenated, enlarges, found, main_input, nearest, operands, reason
 from dropsurgery.records import Edge
 
 
@@ -44,19 +44,19 @@ def _skips(operand: fx.Node) -> bool:
 
 def _parts(cat: fx.Node) -> tuple[list[int], list[int]] | str:
     """The indices of the operands that skip and of those that were upsampled."""
-    operands = concatenated(cat)
-    if len(operands) < 2:
+    joined = concatenated(cat)
+    if len(joined) < 2:
         return f"{called(cat)} does not join maps along their channels"
-    upsampled = [index for index, operand in enumerate(operands) if _upsampled(operand)]
+    upsampled = [index for index, operand in enumerate(joined) if _upsampled(operand)]
     if not upsampled:
         return "no operand is upsampled"
-    skips = [index for index, operand in enumerate(operands) if index not in upsampled and _skips(operand)]
+    skips = [index for index, operand in enumerate(joined) if index not in upsampled and _skips(operand)]
     return (skips, upsampled) if skips else "no operand skips from the encoder"
 
 
-def _edges(match: Match, which: int) -> tuple[Edge, ...]:
+def _edges(match: Match, which: int) -> tuple[Edge, ...] | Miss:
     cat = match.nodes["cat"]
-    return tuple(Edge(cat, (0, index)) for index in found(_parts(cat))[which])
+    return operands(cat, found(_parts(cat))[which])
 
 
 PATTERN = Pattern(
