@@ -180,6 +180,7 @@ class Marked(nn.Module):
         (lambda net, x: net.second(net.first(x)).relu(), {"first", "second"}, {"first", "second"}),
         (lambda net, x: (net.second(x), net.first(x).relu())[1], {"first", "second"}, {"first"}),
         (lambda net, x: x.copy_(given) if (given := net.first(x)) is not x else x, {"first"}, {"first"}),
+        (lambda net, x: net.first(x.view(2, 1, 3, 1, 8, 8).transpose(2, 3)).view(-1), {"first"}, {"first"}),
         (lambda net, x: torch.cat([x, net.first(x)]).relu()[:2], {"first"}, {"first"}),
     ],
 )
