@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from dropsurgery.capture import Level, record
 from dropsurgery.capture.levels import map_tree
+from dropsurgery.errors import SurgeryError
 from dropsurgery.forwards import (
     SLOTS,
     Example,
@@ -115,6 +116,12 @@ class Surgical:
         return copy.deepcopy(self, {id(tensor): tensor for tensor in _tensors(self)})  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        own = own_class(self)  # type: ignore[arg-type]
+        if "<locals>" in own.__qualname__:
+            raise SurgeryError(
+                f"{own.__name__} cannot be saved whole: its class was made in a function, and no file can name it "
+                "(a torch.fx.GraphModule's is). Save gm.state_dict(), and apply the recipe to a new model before loading"
+            )
         fields = {key: value for key, value in self.__dict__.items() if key not in {"_graph", "_code"}}
         owner = self._owner
         if owner is not None:

@@ -48,7 +48,7 @@ EXTRACTORS = {
 }
 
 
-NO_COPY = ("hook", "graph")
+NO_COPY = ("graph",)
 
 
 class Detector(nn.Module):
