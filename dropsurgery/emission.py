@@ -120,7 +120,7 @@ class Surgical:
         if "<locals>" in own.__qualname__:
             raise SurgeryError(
                 f"{own.__name__} cannot be saved whole: its class was made in a function, and no file can name it "
-                "(a torch.fx.GraphModule's is). Save gm.state_dict(), and apply the recipe to a new model before loading"
+                "(a torch.fx.GraphModule's is). Save gm.state_dict(), and load it after applying the recipe anew"
             )
         fields = {key: value for key, value in self.__dict__.items() if key not in {"_graph", "_code"}}
         owner = self._owner
