@@ -104,7 +104,7 @@ class Marks:
         def mark(module: nn.Module, args: Any, result: Tensor) -> Tensor:
             self.made.add(name)
             with _disable_current_modes():
-                marked = torch.ops.aten.alias.default(result)  # with its strides, and its gradient
+                marked: Tensor = torch.ops.aten.alias.default(result)  # with its strides, and its gradient
             _, before = self._marked.get(id(result), (result, frozenset()))
             self._marked[id(marked)] = marked, before | {name}  # kept, so that no other tensor gets its id
             return marked
