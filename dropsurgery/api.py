@@ -70,7 +70,7 @@ def operate(captured: Captured, plan: Plan, *, seed: int | None = None) -> fx.Gr
     model = captured.model
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with torch.inference_mode(False), device:  # rates are written later, wherever this was called
-        gm = rewrite(captured, plan.edits, lambda edit: _build(edit).to(device))
+        gm = rewrite(captured, plan.edits, lambda edit: build(edit).to(device))
         captured.view.release()
     gm.__dict__["surgery"] = Surgery(gm, plan.detached(), Context(seed))
     assert isinstance(gm, fx.GraphModule)
@@ -135,7 +135,12 @@ def _check_clock(plan: Plan) -> None:
         )
 
 
-def _build(edit: Edit) -> nn.Module:
+def build(edit: Edit) -> nn.Module:
+    """Make the regularizer of an edit, for the facts of its site.
+
+    Raises:
+        PlanError: it cannot work there.
+    """
     site = edit.site
     try:
         made = catalogue.load("regularizers", edit.regularizer)(**edit.arguments)

@@ -80,7 +80,7 @@ def fit(captured: Captured, recipe: Recipe) -> Fit:
             made = plan(captured, recipe, total_steps=_STEPS, steps_per_epoch=_STEPS_PER_EPOCH)
             for edit in made.edits:
                 if edit.kind != ADOPT:
-                    api._build(edit)  # which asks the regularizer whether it can work there
+                    api.build(edit)  # which asks the regularizer whether it can work there
         except SurgeryError as error:
             return Fit(recipe.name, None, {}, _nearest(str(error)))
     reasons = [line for lines in made.misses.values() for line in lines]
