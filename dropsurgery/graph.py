@@ -63,7 +63,7 @@ def insert_on(
     source = argument if inner is None else argument[inner]
     with node.graph.inserting_before(node):
         made = node.graph.call_module(target, (source,))
-        if operand == 0 and _inplace(node, module_of):
+        if operand == 0 and works_in_place(node, module_of):
             made = node.graph.call_function(write_back, (source, made))
     replaced = made if inner is None else [*argument[:inner], made, *argument[inner + 1 :]]
     node.update_arg(outer, replaced)
@@ -102,13 +102,14 @@ def erase(node: fx.Node) -> None:
 def _aliases(node: fx.Node, module_of: Callable[[str], nn.Module]) -> list[fx.Node]:
     """The nodes whose tensor is the very one that this node changed in place."""
     found = []
-    while _inplace(node, module_of) and node.args and isinstance(node.args[0], fx.Node):
+    while works_in_place(node, module_of) and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
         found.append(node)
     return found
 
 
-def _inplace(node: fx.Node, module_of: Callable[[str], nn.Module]) -> bool:
+def works_in_place(node: fx.Node, module_of: Callable[[str], Any]) -> bool:
+    """Whether a node changes its first argument; `module_of` gives the module that a target calls."""
     if node.op == "call_module":
         return bool(getattr(module_of(str(node.target)), "inplace", False))
     if node.op == "call_method":

@@ -22,6 +22,7 @@ from torch import fx
 from dropsurgery import catalogue
 from dropsurgery.capture import Captured
 from dropsurgery.errors import PlanError, SurgeryError, SurgeryWarning
+from dropsurgery.graph import works_in_place
 from dropsurgery.matching import Found, Match, Pattern, chain, find
 from dropsurgery.recipe import Entry, Recipe
 from dropsurgery.records import Edge, Edit, Site, TensorFact
@@ -111,6 +112,8 @@ class Sites:
         for index, at in enumerate(edges):
             if "level_node" not in at.node.meta:  # called by a forward that stays opaque: no graph holds this edge
                 continue
+            if at.operand is None and _is_thrown_away(at.node):
+                continue
             yield site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
 
     @cached_property
@@ -119,6 +122,11 @@ class Sites:
         nodes = [node for node in self.graph.nodes if node.meta.get("identity") and rate_name(node.meta["module"])]
         made = {site.id: site for site in (site_at(Edge(node), ADOPT, "output") for node in nodes)}
         return list(made.values())
+
+
+def _is_thrown_away(node: fx.Node) -> bool:
+    """Whether the model itself does not use what a node gives; where it works in place, others see what it did."""
+    return not node.users and not works_in_place(node, lambda _: node.meta["module"])
 
 
 def site_at(at: Edge, pattern: str, edge: str) -> Site:

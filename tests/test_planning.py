@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from dropsurgery import PlanError, RecipeError, SurgeryWarning, apply_recipe, plan_recipe
+from dropsurgery import PlanError, RecipeError, SurgeryWarning, apply_recipe, find_sites, plan_recipe
 from dropsurgery.models import make_model
 from dropsurgery.planning import Plan
 
@@ -227,3 +227,19 @@ def test_a_declared_pattern() -> None:
     own = recipe({"pattern": "cga"}, patterns={"cga": ["conv2d", "group_norm", "activation"]})
     (edit,) = plan_recipe(model, own, example_inputs=torch.empty(2, 3, 8, 8)).edits
     assert edit.site.module == "2"
+
+
+def test_what_the_model_throws_away_is_no_site() -> None:
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.head = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            self.pool(x)
+            torch.relu_(x)
+            return self.head(x)
+
+    sites = find_sites(Wasteful(), example_inputs=torch.zeros(1, 3, 8, 8))
+    assert {(site.pattern, site.edge) for site in sites if site.pattern == "pool"} == {("pool", "input")}
