@@ -274,7 +274,7 @@ def test_random_models(group: str, echo: None) -> None:
 BROKEN: dict[str, tuple[Any, str, Any, str]] = {
     "guards are forgotten": (Frame, "guard", lambda *_: None, "x = x if x.shape[-1] > 9 else -x"),
     "modes are overlooked": (Level, "reads_training", property(lambda _: False), "x = -x if self.training else x"),
-    "effects are lost": (graph, "works_in_place", lambda *_: False, "y = x + 1\n        y.add_(x)\n        x = y"),
+    "effects are lost": (graph, "works_in_place", lambda *_: False, "y = x + 1; y.add_(x); x = y"),
     "nothing is inserted": (graph, "insert_after", lambda node, *_, **__: node, "x = x + 1"),
     "an operation is left out": (forwards, "build_result", drop_relu, "x = F.relu(x) + 1"),
 }
