@@ -24,7 +24,7 @@ from itertools import product
 from torch import fx
 
 from dropsurgery.errors import SurgeryError
-from dropsurgery.kinds import KINDS, compound, kind_of, kinds_of, skip, skip_identities, tensor_users
+from dropsurgery.kinds import KINDS, compound, holds_tensor, kind_of, kinds_of, skip, skip_identities, tensor_users
 from dropsurgery.records import Edge
 
 __all__ = [
@@ -256,7 +256,10 @@ class Into:
 
     def __call__(self, match: Match) -> tuple[Edge, ...] | Miss:
         node = match.nodes[self.name]
-        if len(node.args) > self.operand and isinstance(node.args[self.operand], fx.Node):
+        given = node.args[self.operand] if len(node.args) > self.operand else None
+        if isinstance(given, fx.Node) and not holds_tensor(given.meta.get("value")):
+            return Miss(f"{called(node)} takes a number there, not a tensor", node)
+        if isinstance(given, fx.Node):
             return (Edge(node, self.operand),)
         return Miss(f"{called(node)} takes its input by keyword, only positions can be reached", node)
 

@@ -186,3 +186,14 @@ def test_unknown_edge_is_an_error() -> None:
     ).matches
     with pytest.raises(SurgeryError, match=r"no edge 'outptu'; did you mean 'output'\?"):
         match.edges("outptu")
+
+
+def test_a_number_is_no_edge() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x.shape[-1] * x)
+
+    graph = capture(Scaled(), torch.zeros(2, 3)).view.graph
+    (match,) = find(graph, chain("scaled", ["mul", "activation"])).matches
+    edges = match.edges("input")
+    assert isinstance(edges, Miss) and "a number" in edges.reason

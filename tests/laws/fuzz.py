@@ -267,6 +267,8 @@ _STATEMENTS = {
     "sizes": """
         v = a * a.shape[-1] ** -0.5
 
+        v = a.shape[-1] * a
+
         v = a / math.sqrt(a.size(1) * a.size(-1))
 
         v = a + torch.arange(a.shape[-1]) / a.shape[-1]
