@@ -23,6 +23,7 @@ from dropsurgery.forwards import (
     Example,
     LocalEdit,
     Owner,
+    Part,
     Slots,
     choose_forward,
     clean,
@@ -79,8 +80,8 @@ class Surgical:
             slots.train(mode)
         if "surgery" in self.__dict__:  # the root; its own `train` may leave parts out, as SMP's does a frozen encoder
             for owner in self.modules():  # type: ignore[attr-defined]
-                if owner.__dict__.get("_owner") is not None:
-                    getattr(owner, SLOTS).train(mode and owner.training)
+                for regularizer in _regularizers(owner):
+                    regularizer.train(mode and owner.training)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -265,6 +266,13 @@ def _add_meta(module: nn.Module) -> None:
     """GraphModule's `meta`, unless the model has an attribute of that name."""
     if "meta" not in module.__dict__:
         module.__dict__.update(meta={}, _added_meta=True)
+
+
+def _regularizers(module: nn.Module) -> list[nn.Module]:
+    """The regularizers that a module owns."""
+    if module.__dict__.get("_owner") is None:
+        return []
+    return [child for child in getattr(module, SLOTS).children() if not isinstance(child, Part)]
 
 
 def _hidden(module: Any) -> Iterator[nn.Module]:
