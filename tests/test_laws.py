@@ -260,7 +260,7 @@ def test_the_model_given_is_untouched_and_trains_on(name: str) -> None:
 
 FAILURES = {
     "capture": ("dropsurgery.capture.recorder.Recorder.record_call", 20),
-    "build": ("dropsurgery.api._build", 5),
+    "build": ("dropsurgery.api.build", 5),
     "emission": ("dropsurgery.rewriting.emit_owner", 3),
     "handle": ("dropsurgery.api.Surgery", 0),
 }

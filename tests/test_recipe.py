@@ -576,14 +576,11 @@ def test_bundled_recipes_are_documented(name: str) -> None:
 
 
 def test_the_bundled_placements_are_the_papers() -> None:
-    assert load_recipe("dropblock_resnet_g34").tested_on == {
-        "resnet50": 36,
-        "resnet18": 12,
-        "smp:Unet:resnet34": 27,
-    }
+    expected = {"resnet50": 36, "resnet18": 12, "smp:Unet:resnet34": 27}
+    assert expected.items() <= load_recipe("dropblock_resnet_g34").tested_on.items()
     assert load_recipe("dropblock_resnet_g34_conv_only").tested_on["resnet50"] == 27
     assert load_recipe("dropblock_resnet_g4").tested_on["resnet50"] == 12
-    assert load_recipe("dropblock_unet_double_conv").tested_on == {"smp:Unet:resnet34": 5}
+    assert load_recipe("dropblock_unet_double_conv").tested_on["smp:Unet:resnet34"] == 5
     for entry in load_recipe("dropblock_resnet_g34").entries:
         rates = [entry.arguments["p"] * entry.scale.factor(site(stage=stage)) for stage in (3, 4)]
         assert rates == pytest.approx([0.025, 0.1], abs=1e-12)

@@ -27,7 +27,7 @@ def test_one_error_and_no_log() -> None:
     log = logging.getLogger("torch._subclasses.fake_tensor")
     log.addHandler(handler)
     try:
-        with pytest.raises(CaptureError, match=r"\(float32\[2, 5\]\): RuntimeError\('a and b must have same") as caught:
+        with pytest.raises(CaptureError, match=r"\(float32\[2, 5\]\): RuntimeError\('.*cannot be multiplied") as caught:
             find_sites(Classifier(), example_inputs=torch.empty(2, 5))
     finally:
         log.removeHandler(handler)
