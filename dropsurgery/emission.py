@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dropsurgery.capture import Level, record
+from dropsurgery.capture import Inputs, Level, record
 from dropsurgery.capture.levels import map_tree
 from dropsurgery.errors import SurgeryError
 from dropsurgery.forwards import (
     SLOTS,
-    Example,
     LocalEdit,
     Owner,
     Part,
@@ -215,14 +214,14 @@ def own_fields(module: nn.Module) -> tuple[str, ...]:
     return (*added, *_GRAPH_FIELDS, *(("meta",) if module.__dict__.get("_added_meta") else ()), "_added_meta")
 
 
-def example_of(root: nn.Module) -> Example:
+def example_of(root: nn.Module) -> Inputs:
     """The example that a rewritten root was recorded with; its tensors take no memory."""
     owner: Owner | None = root.__dict__["_owner"]
-    example: Example = tensors_of(owner.example if owner is not None else root.__dict__["_example"])
+    example: Inputs = tensors_of(owner.example if owner is not None else root.__dict__["_example"])
     return example
 
 
-def emit_root(root: nn.Module, example: Example, level: Any) -> None:
+def emit_root(root: nn.Module, example: Inputs, level: Any) -> None:
     """Give a root that owns no edit its graph; its forward stays its own."""
     keep_own_graph(root)
     root.__dict__["_example"] = map_tree(example, spec_of)

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dropsurgery.capture import Leaf, Level, record
+from dropsurgery.capture import Inputs, Leaf, Level, record
 from dropsurgery.capture.levels import map_tree
 from dropsurgery.errors import CaptureError, SurgeryError
 from dropsurgery.graph import LocalName, build_result, carve, insert_after, insert_on, local_names, write_back
@@ -30,8 +31,7 @@ SLOTS = "_surgery"
 """The child under which a module keeps the regularizers of the edits that it owns."""
 OWN: LocalName = (f"{SLOTS}.own", 0)
 """The call of a leaf's own forward in its generated one."""
-
-Example = tuple[tuple[Any, ...], dict[str, Any]]
+_NO_DATA = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ class Spec:
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool
+    stride: tuple[int, ...]
 
     def tensor(self) -> torch.Tensor:
-        """A tensor like the example; it takes no memory."""
-        made = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
-        return made.requires_grad_(self.requires_grad)
+        """A fake tensor like the example, laid out as it was."""
+        empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        return FakeTensor(_NO_DATA, empty, self.device).requires_grad_(self.requires_grad)
 
 
 @dataclass(eq=False)
@@ -80,7 +81,7 @@ class Owner:
     """
 
     edits: tuple[LocalEdit, ...]
-    example: Example
+    example: Inputs
     exact: bool = False
     by_mode: bool = False
     by_rank: bool = False
@@ -188,7 +189,7 @@ def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     raise CaptureError(f"the forward of {own_class(module).__name__} cannot be recorded as it is now: {level.reason}")
 
 
-def leaf_level(module: nn.Module, inputs: Example, path: str = "") -> Level:
+def leaf_level(module: nn.Module, inputs: Inputs, path: str = "") -> Level:
     """The level of a module that is one operation: a call of its own class's forward."""
     return Level(module, path, whole_call(module, OWN[0]), inputs)
 
@@ -357,7 +358,7 @@ def _signature(module: Any, owner: Owner, training: bool, args: tuple[Any, ...],
 
 def _exactly(item: Any) -> Any:
     if isinstance(item, torch.Tensor):
-        return (tuple(item.shape), item.dtype, item.device, item.requires_grad, item.is_contiguous())
+        return (tuple(item.shape), item.dtype, item.device, item.requires_grad, item.stride())
     if isinstance(item, (list, tuple)):
         return tuple([_exactly(part) for part in item])
     if isinstance(item, dict):
@@ -463,7 +464,7 @@ def _guarded_way(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return way
 
 
-def spread(forward: Callable[..., Any], values: tuple[Any, ...]) -> Example:
+def spread(forward: Callable[..., Any], values: tuple[Any, ...]) -> Inputs:
     """The values of all parameters of a forward but `self`, in order, as the arguments to call it with."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -493,7 +494,9 @@ def whole_call(module: nn.Module, target: str) -> fx.Graph:
 def spec_of(item: Any) -> Any:
     """The spec of a tensor; anything else as it is."""
     if isinstance(item, torch.Tensor):
-        return Spec(tuple(item.shape), item.dtype, item.device, item.requires_grad)
+        # Laid out as the recording takes it: one number that was expanded stands for a tensor in its usual order.
+        stride = torch.empty_like(item, device="meta").stride()
+        return Spec(tuple(item.shape), item.dtype, item.device, item.requires_grad, stride)
     return item
 
 

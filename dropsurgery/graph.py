@@ -17,7 +17,9 @@ from torch import fx, nn
 LocalName = tuple[str, int]
 """How a node is called within its graph, over captures: what it calls, and which such call it is."""
 
-_INPLACE_FUNCTIONS = frozenset(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv"))
+_AUGMENTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and", "or", "xor")
+IN_PLACE = frozenset(getattr(operator, f"i{name}") for name in _AUGMENTED)
+"""The functions of `operator` that change a tensor: all that augment but `@=`, which makes a new one."""
 
 
 def local_names(graph: fx.Graph) -> dict[LocalName, fx.Node]:
@@ -117,7 +119,7 @@ def works_in_place(node: fx.Node, module_of: Callable[[str], Any]) -> bool:
         return name.endswith("_") and not name.endswith("__")
     name = getattr(node.target, "__name__", "")
     return (
-        node.target in _INPLACE_FUNCTIONS
+        node.target in IN_PLACE
         or bool(node.kwargs.get("inplace", False))
         or (name.endswith("_") and not name.endswith("__"))
     )

@@ -13,11 +13,11 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from dropsurgery.capture import Captured
+from dropsurgery.capture import Captured, Inputs
 from dropsurgery.capture.levels import is_leaf, map_tree
 from dropsurgery.emission import OWN_GRAPH, drop_own_hooks, emit_owner, emit_root, empty, own_fields
 from dropsurgery.errors import SurgeryError
-from dropsurgery.forwards import OWN, SLOTS, Example, LocalEdit, leaf_level
+from dropsurgery.forwards import OWN, SLOTS, LocalEdit, leaf_level
 from dropsurgery.graph import local_name
 from dropsurgery.records import Edge, Edit
 from dropsurgery.trees import bare, copy_tree
@@ -110,7 +110,7 @@ def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | No
     return node.meta["path"], 0 if operand == 0 else None
 
 
-def _inputs_of(captured: Captured, module: nn.Module) -> Example:
+def _inputs_of(captured: Captured, module: nn.Module) -> Inputs:
     """What a leaf is called with on the example."""
     (node,) = (node for node in captured.view.graph.nodes if node.meta.get("module") is module)
     level_node: fx.Node = node.meta["level_node"]

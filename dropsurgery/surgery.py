@@ -363,8 +363,10 @@ def _cuda_devices(model: nn.Module) -> list[torch.device]:
 
 
 def _noise(item: Any) -> Any:
-    floating = isinstance(item, torch.Tensor) and item.is_floating_point()
-    return torch.randn_like(item, memory_format=torch.contiguous_format) if floating else item
+    if not isinstance(item, torch.Tensor):
+        return item
+    make = torch.randn if item.is_floating_point() else torch.zeros
+    return make(item.shape, dtype=item.dtype, device=item.device)
 
 
 def _audited(edit: Edit, regularizer: Any, shape: tuple[int, ...], device: torch.device) -> AuditRow:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+from dropsurgery.capture import Inputs
 
 # To the height and to the width: not the same, and what a stride of 32 divides.
 _GROWTH = (32, 64)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dropsurgery.analysis.examples import Inputs, larger_images, more_samples
+from dropsurgery.analysis.examples import larger_images, more_samples
 from dropsurgery.analysis.traces import Marks, NotComparable, record, replay
+from dropsurgery.capture import Inputs
 from dropsurgery.forwards import SLOTS
 from dropsurgery.planning import ADOPT
 from dropsurgery.records import Edit

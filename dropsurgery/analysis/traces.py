@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+from dropsurgery.capture import Inputs
 
 
 class NotComparable(Exception):

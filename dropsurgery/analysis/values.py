@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropsurgery.analysis.examples import Inputs, larger_images, more_samples, with_numbers
+from dropsurgery.analysis.examples import larger_images, more_samples, with_numbers
 from dropsurgery.analysis.traces import tensors_of
+from dropsurgery.capture import Inputs
 from dropsurgery.forwards import SLOTS
 
 _NOISE = 0.3

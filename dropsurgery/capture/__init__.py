@@ -17,14 +17,14 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from dropsurgery.capture.facts import annotate
-from dropsurgery.capture.inputs import Inputs, resolve_inputs
-from dropsurgery.capture.levels import Leaf, Level, Opaque
+from dropsurgery.capture.inputs import resolve_inputs
+from dropsurgery.capture.levels import Inputs, Leaf, Level, Opaque
 from dropsurgery.capture.recorder import record
 from dropsurgery.capture.view import FlatView, flat_view
 from dropsurgery.errors import CaptureError
 from dropsurgery.trees import own_class
 
-__all__ = ["Captured", "Leaf", "Level", "Opaque", "capture", "record"]
+__all__ = ["Captured", "Inputs", "Leaf", "Level", "Opaque", "capture", "record"]
 
 
 @dataclass(frozen=True)

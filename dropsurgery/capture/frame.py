@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import operator
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
@@ -17,15 +16,14 @@ import torch
 from torch import fx, nn
 
 from dropsurgery.capture.levels import Guard, Level, Opaque, like_dict, map_tree
-from dropsurgery.capture.traced import INPLACE, Traced, TracedItem, TracedSize, Untraceable
+from dropsurgery.capture.nodes import from_input, is_input, traceable, written, written_out
+from dropsurgery.capture.traced import Traced, TracedItem, TracedSize, Untraceable
 
 if TYPE_CHECKING:
     from dropsurgery.capture.recorder import Recorder
 
 # What gives as many tensors as a size says.
 _BY_SIZE = frozenset({"unbind", "split", "chunk"})
-# Nodes that the recorder itself makes to unpack containers and shapes; pure, so dropped where nothing uses them.
-_UNPACKING = (operator.getitem, getattr)
 _NOTHING = object()
 
 
@@ -72,7 +70,7 @@ class Frame:
 
     def tensor_guard(self, node: fx.Node, name: str, value: Any) -> None:
         """Note that Python asked for the dtype, device or grad flag of a tensor."""
-        if name == "requires_grad" and node.op not in {"placeholder", "get_attr"} and not _is_input(node):
+        if name == "requires_grad" and node.op not in {"placeholder", "get_attr"} and not is_input(node):
             raise Untraceable("asks whether an intermediate result requires gradients")
         if node.op == "get_attr" and node.target not in self.level.guarded_tensors:
             self.level.guarded_tensors.append(str(node.target))
@@ -112,20 +110,20 @@ class Frame:
         if not isinstance(container, dict) or not before.items() <= container.items():
             return False
         gained = [value for key, value in container.items() if key not in before]
-        anew = all(isinstance(value, Traced) and not _from_input(value._node) for value in gained)
-        return anew and not _written(self.graph)
+        anew = all(isinstance(value, Traced) and not from_input(value._node) for value in gained)
+        return anew and not written(self.graph)
 
     def makes_anew(self, name: str, value: Any) -> bool:
         """Whether an attribute may be set to a value for the time of the recording."""
         fields = self.probe.__dict__
-        if not isinstance(value, Traced) or value._frame is not self or _from_input(value._node, weights=True):
+        if not isinstance(value, Traced) or value._frame is not self or from_input(value._node, weights=True):
             return False
         if name in fields["_buffers"]:
             if name not in fields["_non_persistent_buffers_set"]:
                 return False
             fields = fields["_buffers"]
         self._set.setdefault(name, (fields, fields.get(name, _NOTHING)))
-        return not _written(self.graph)
+        return not written(self.graph)
 
     def close(self) -> None:
         """Put attributes and containers back to what they held, and let go of the stand-ins, which hold this frame."""
@@ -143,12 +141,13 @@ class Frame:
         """Note that Python read an attribute that is no tensor; what it holds must stay as it is."""
         if (below, name) not in self.level.reads and isinstance(value, (list, dict, set)):
             self._containers.append((name, value, copy.copy(value)))
-        self.level.reads.setdefault((below, name), value)
+        read = self.recorder.original.get(value, value) if isinstance(value, nn.Module) else value
+        self.level.reads.setdefault((below, name), read)
 
     def _length_guard(self, node: fx.Node, name: str, value: Any) -> None:
         """Python unpacks as many tensors as there are: another size may give more or fewer."""
         listed = any(isinstance(item, (list, tuple)) for item in node.args[1:])
-        if name in _BY_SIZE and not listed and not _written_out(node, name):
+        if name in _BY_SIZE and not listed and not written_out(node, name):
             self.guard(self.graph.call_function(len, (node,)), len(value), "the number of parts")
 
     # -- regions: activation checkpoints, blocks without gradients or under autocast -------------------------------
@@ -222,7 +221,7 @@ class Frame:
     def _record(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Callable[..., Any]
     ) -> Any:
-        if not _traceable(target):
+        if not traceable(target):
             raise Untraceable(f"calls {target!r}, which a graph cannot name")
         nodes = self.to_nodes((args, kwargs))
         self.recorder.values.drew = False
@@ -420,70 +419,6 @@ def _refill(container: Any, items: Any) -> None:
     (container.update if isinstance(container, dict) else container.extend)(items)
 
 
-def _is_input(node: fx.Node) -> bool:
-    """Whether a node is an element of an argument."""
-    while node.op == "call_function" and node.target is operator.getitem:
-        (node,) = node.all_input_nodes
-    return node.op == "placeholder"
-
-
-def _from_input(node: fx.Node, *, weights: bool = False) -> bool:
-    """Whether numbers of an input (or also of the model's own tensors) are in a tensor; its sizes do not count."""
-    if not isinstance(node.meta.get("value"), torch.Tensor):
-        return False
-    if node.op == "placeholder" or "random" in node.meta or (weights and node.op in {"get_attr", "call_module"}):
-        return True
-    return any(_from_input(source, weights=weights) for source in node.all_input_nodes)
-
-
-def _written(graph: fx.Graph) -> bool:
-    """Whether an operation in place put numbers of an input into a tensor that had none."""
-    for node in graph.nodes:
-        name = str(getattr(node.target, "__name__", node.target))
-        if node.target in (operator.setitem, *INPLACE) or (name.endswith("_") and not name.endswith("__")):
-            first, *others = node.all_input_nodes
-            if any(map(_from_input, others)) and not _from_input(first):
-                return True
-    return False
-
-
-def _written_out(node: fx.Node, name: str) -> bool:
-    """Whether the code itself says how many parts there are: `x.reshape(n, 3, c).unbind(1)`."""
-    source: Any = node.args[0]
-    position = 1 if name == "unbind" else 2
-    axis: Any = node.kwargs.get("dim", node.args[position] if len(node.args) > position else 0)
-    while isinstance(source, fx.Node) and isinstance(axis, int):
-        value = source.meta.get("value")
-        if not isinstance(value, torch.Tensor):
-            return False
-        axis %= value.ndim
-        called = source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
-        given: Any = source.args[1:]
-        given = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
-        if called in ("reshape", "view"):
-            return len(given) == value.ndim and isinstance(given[axis], int) and given[axis] >= 0
-        if not all(isinstance(item, int) for item in given):
-            return False
-        if called == "permute":
-            axis = given[axis]
-        elif called == "transpose":
-            first, second = (item % value.ndim for item in given)
-            axis = {first: second, second: first}.get(axis, axis)
-        else:
-            return False
-        source = source.args[0]
-    return False
-
-
-def _traceable(target: Any) -> bool:
-    """Whether generated code can name a function: it must live in a module, under its own name."""
-    if isinstance(target, str):
-        return True
-    name = getattr(target, "__name__", "<lambda>")
-    home = sys.modules.get(getattr(target, "__module__", None) or "torch")
-    return name.isidentifier() and ("<locals>" not in getattr(target, "__qualname__", name) or hasattr(home, name))
-
-
 def placeholders(
     frame: Frame, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -517,10 +452,3 @@ def structure(tree: Any) -> Any:
     if isinstance(tree, (list, tuple, set)):
         return tuple(structure(item) for item in tree)
     return id(tree)
-
-
-def drop_unused(graph: fx.Graph, kept: set[fx.Node]) -> None:
-    """Erase the nodes that only unpacked something which nobody used."""
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node not in kept and (node.op == "get_attr" or node.target in _UNPACKING):
-            graph.erase_node(node)

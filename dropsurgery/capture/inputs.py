@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dropsurgery.capture.levels import Inputs
 from dropsurgery.errors import CaptureError
 
 # Two samples, so that a batch of one is not mistaken for a broadcast.
 _BATCH = 2
 _SMP_SIZE = (224, 224)
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Inputs, ...]:

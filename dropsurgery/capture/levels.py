@@ -18,6 +18,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dropsurgery.trees import own_class
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module is called with: positional and keyword arguments."""
+
 # Kinds whose subclasses are one operation to a reader, whatever their forward does inside.
 _ATOMS = (_ConvNd, _NormBase, _DropoutNd, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.RNNBase)
 # Modules of torch.nn that only arrange others.
@@ -46,7 +49,7 @@ class Level:
     module: nn.Module
     path: str
     graph: fx.Graph
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: Inputs
     guards: list[Guard] = field(default_factory=list)
     guarded_tensors: list[str] = field(default_factory=list)
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
@@ -72,7 +75,7 @@ class Opaque:
     module: nn.Module
     path: str
     reason: str
-    inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    inputs: Inputs = ((), {})
     components: list[Component] = field(default_factory=list)
     on_data: bool = False
 
@@ -93,7 +96,7 @@ class Component:
     """
 
     call: Level | Opaque | Leaf
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: Inputs
     output: Any
 
 

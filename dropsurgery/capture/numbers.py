@@ -19,48 +19,36 @@ if TYPE_CHECKING:
     from dropsurgery.capture.recorder import Recorder
 
 
-class Faked:
-    """Fake tensors in place of a probe's own: it may write to them."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    @contextmanager
-    def in_place_of(self, probe: nn.Module) -> Iterator[None]:
-        """Let the probe and all below it hold fake tensors meanwhile."""
-        known: dict[int, Any] = {}
-        with _replaced(probe, lambda fields: self.recorder.fake(fields, known)), self.recorder.values:
-            yield
+@contextmanager
+def fakes_in(probe: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Let a probe and all below it hold fake tensors meanwhile: it may write to them."""
+    known: dict[int, Any] = {}
+    with _replaced(probe, lambda fields: recorder.fake(fields, known)), recorder.values:
+        yield
 
 
-class Numbers:
-    """Copies of a probe's own numbers, and made-up ones where there are none (on the meta device)."""
+@contextmanager
+def numbers_in(probe: nn.Module) -> Iterator[None]:
+    """Let a probe and all below it hold copies of their numbers, and made-up ones where there are none (on meta)."""
+    known: dict[int, Any] = {}
 
-    def __init__(self, original: dict[nn.Module, nn.Module]) -> None:
-        self.original = original
+    def number(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        if id(item) not in known:
+            known[id(item)] = _made_up(item) if _is_empty(item) else item.detach().clone()
+        return known[id(item)]
 
-    @contextmanager
-    def in_place_of(self, probe: nn.Module) -> Iterator[None]:
-        """Let the probe and all below it hold numbers meanwhile."""
-        known: dict[int, Any] = {}
-
-        def number(item: Any) -> Any:
-            if not isinstance(item, torch.Tensor):
-                return item
-            if id(item) not in known:
-                known[id(item)] = made_up(item) if _is_empty(item) else item.detach().clone()
-            return known[id(item)]
-
-        with _replaced(probe, lambda fields: map_tree(fields, number)):
-            yield
-
-    @staticmethod
-    def of(tree: Any) -> Any:
-        """The tree with numbers in place of its fake tensors."""
-        return map_tree(tree, lambda item: made_up(item) if isinstance(item, torch.Tensor) else item)
+    with _replaced(probe, lambda fields: map_tree(fields, number)):
+        yield
 
 
-def made_up(tensor: torch.Tensor) -> torch.Tensor:
+def made_up(tree: Any) -> Any:
+    """The tree with numbers in place of its fake tensors."""
+    return map_tree(tree, lambda item: _made_up(item) if isinstance(item, torch.Tensor) else item)
+
+
+def _made_up(tensor: torch.Tensor) -> torch.Tensor:
     """Numbers of a tensor's shape and dtype: small and random, ones for scales and variances, zeros for indices."""
     device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
     made = torch.zeros(tuple(tensor.shape), dtype=tensor.dtype, device=device)
@@ -84,16 +72,20 @@ def _is_empty(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def _replaced(probe: nn.Module, replace: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
-    """Replace the tensors that modules hold, and those in their plain attributes."""
+    """Replace the tensors that modules hold, and those in their plain attributes; undo what the modules then set."""
     with ExitStack() as undo:
         for module in probe.modules():
             fields = module.__dict__
             plain = {name: value for name, value in fields.items() if type(value) in _HOLDERS and name not in _INTERNAL}
             for place, held in ((fields["_parameters"],) * 2, (fields["_buffers"],) * 2, (fields, plain)):
-                before = dict(held)
-                undo.callback(place.update, before)
-                place.update(replace(before))
+                undo.callback(_refill, place, dict(place))
+                place.update(replace(dict(held)))
         yield
+
+
+def _refill(place: dict[str, Any], before: dict[str, Any]) -> None:
+    place.clear()
+    place.update(before)
 
 
 _INTERNAL = frozenset(nn.Module().__dict__)

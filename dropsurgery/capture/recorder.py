@@ -3,7 +3,7 @@
 The forwards run on a throw-away copy of the tree (a probe) under fake tensors: nothing of the model given is
 touched, patched or computed. Each call of a child becomes one `call_module` node of its caller's graph and,
 unless the child is a leaf, a level of its own. A forward that cannot be recorded stays opaque, and only that:
-it is run once more on plain fake values so that its children are recorded all the same.
+it is run once more, plainly, on fake values or on numbers, so that its children are recorded all the same.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from dropsurgery.capture.frame import Frame, drop_unused, placeholders
-from dropsurgery.capture.levels import Component, Leaf, Level, Opaque, describe, is_leaf, map_tree
-from dropsurgery.capture.numbers import Faked, Numbers, has_data
+from dropsurgery.capture.frame import Frame, placeholders
+from dropsurgery.capture.levels import Component, Inputs, Leaf, Level, Opaque, describe, is_leaf, map_tree
+from dropsurgery.capture.nodes import drop_unused
+from dropsurgery.capture.numbers import fakes_in, has_data, made_up, numbers_in
 from dropsurgery.capture.probes import Intercepted, forward_of, make_probe
-from dropsurgery.capture.traced import INPLACE, OPERATORS, Traced, Untraceable
+from dropsurgery.capture.traced import OPERATORS, Traced, Untraceable
 from dropsurgery.capture.values import Values
 from dropsurgery.capture.watching import draws, same_draws, watched
 from dropsurgery.errors import CaptureError
+from dropsurgery.graph import IN_PLACE
 from dropsurgery.trees import HOOKS, collectors_of, copy_tree, home_of_hook, paths_of
 
 _LOCK = threading.RLock()
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class ModelFailed(Exception):
@@ -45,14 +46,14 @@ class _Observed:
     """A call that a forward made while it ran plainly."""
 
     probe: nn.Module
-    inputs: Arguments
+    inputs: Inputs
     output: Any
 
 
 class Recorder(TorchFunctionMode):
     """Records the calls of one model. Use through `record`."""
 
-    def __init__(self, root: nn.Module, training: bool | None) -> None:
+    def __init__(self, root: nn.Module, training: bool | None, start: str, *, watches_draws: bool) -> None:
         super().__init__()
         copies = copy_tree(root, make_probe, share_tensors=False)
         self.root = copies[root]
@@ -61,8 +62,8 @@ class Recorder(TorchFunctionMode):
         self.frames: list[Frame] = []
         self._observed: list[_Observed] | None = None
         self._paths = paths_of(self.root)
-        self._start = self.root
-        self.watches_draws = False
+        self.start = self.root.get_submodule(start)
+        self.watches_draws = watches_draws
         self._refused: dict[str, str] = {}
         self._collectors = {id(collector) for collector in collectors_of(self.root)}
         packages = set(filter(_is_installed, {_package(type(module)) for module in copies} - {"torch"}))
@@ -98,8 +99,11 @@ class Recorder(TorchFunctionMode):
                 return item
             if known is not None and id(item) in known:
                 return known[id(item)]
-            with torch.no_grad(), self.values:
-                made = torch.empty_like(item, dtype=item.dtype, device=item.device)
+            if isinstance(item, FakeTensor) and item.fake_mode is not self.values:  # a spec of an earlier recording
+                made = self.values.like(item)
+            else:
+                with torch.no_grad(), self.values:
+                    made = torch.empty_like(item, dtype=item.dtype, device=item.device)
             made.requires_grad_(item.requires_grad)
             if known is not None:
                 known[id(item)] = made
@@ -133,7 +137,7 @@ class Recorder(TorchFunctionMode):
         return run
 
     def record_call(
-        self, probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], data: Arguments | None = None
+        self, probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], data: Inputs | None = None
     ) -> tuple[Any, Any]:
         """Record one call on fake values: what was called, and the value that it gave.
 
@@ -180,11 +184,11 @@ class Recorder(TorchFunctionMode):
         frame.level.output = frame.to_values(result)
         return frame.level.output
 
-    def _run_opaque(self, opaque: Opaque, probe: nn.Module, data: Arguments | None) -> Any:
+    def _run_opaque(self, opaque: Opaque, probe: nn.Module, data: Inputs | None) -> Any:
         """Run a forward that stays Python once, as it is; then record what it called."""
         known: dict[int, Any] = {}
         try:
-            value, calls = self._observe(probe, opaque.inputs, Faked(self))
+            value, calls = self._observe(probe, opaque.inputs, fakes_in(probe, self))
         except ModelFailed:
             raise
         except (Exception, Untraceable) as failure:
@@ -199,7 +203,7 @@ class Recorder(TorchFunctionMode):
         return value
 
     def _observe_on_data(
-        self, opaque: Opaque, probe: nn.Module, failure: BaseException, data: Arguments | None
+        self, opaque: Opaque, probe: nn.Module, failure: BaseException, data: Inputs | None
     ) -> tuple[Any, list[_Observed]]:
         """What only numbers can tell: run the forward on some.
 
@@ -207,23 +211,24 @@ class Recorder(TorchFunctionMode):
             ModelFailed: it refuses them as well, and they are those that it is to take.
             Untraceable: it refuses numbers that were only made up; its caller may know the right ones.
         """
-        made_up = Numbers(self.original)
         try:
-            return self._observe(probe, data or made_up.of(opaque.inputs), made_up)
+            return self._observe(probe, data or made_up(opaque.inputs), numbers_in(probe))
         except ModelFailed:
             raise
         except (Exception, Untraceable) as error:
             alike = type(error) is type(failure) and str(error) == str(failure)
             self._refused.setdefault(str(error), opaque.path)
-            if data is not None or alike or probe is self._start:
+            if data is not None or alike or probe is self.start:
                 raise ModelFailed(self._refused[str(error)]) from error
             raise Untraceable(f"'{opaque.path}' refuses made-up numbers: {error}") from error
 
-    def _observe(self, probe: nn.Module, inputs: Arguments, tensors: Any) -> tuple[Any, list[_Observed]]:
-        """Run a forward plainly, on tensors of the kind given, and note the calls that it makes itself."""
+    def _observe(
+        self, probe: nn.Module, inputs: Inputs, tensors: AbstractContextManager[None]
+    ) -> tuple[Any, list[_Observed]]:
+        """Run a forward plainly, while `tensors` holds others in it, and note the calls that it makes itself."""
         self._observed = []
         try:
-            with tensors.in_place_of(probe), torch.no_grad():
+            with tensors, torch.no_grad():
                 args, kwargs = map_tree(inputs, lambda item: item)
                 value = forward_of(probe)(*args, **kwargs)
             return value, self._observed
@@ -266,9 +271,8 @@ class Recorder(TorchFunctionMode):
             raise Untraceable(f"takes from its attribute {name!r} what hooks have put there")
         if isinstance(value, torch.Tensor):
             return frame.attribute(value, probe, name)
-        if not isinstance(value, Traced):
-            below = _below(self._paths[probe], frame.path) if probe is not frame.probe else ""
-            frame.note_read(below, name, value)
+        below = _below(self._paths[probe], frame.path) if probe is not frame.probe else ""
+        frame.note_read(below, name, value)
         return value
 
     def writes(self, probe: nn.Module, name: str, value: Any) -> bool:
@@ -282,7 +286,7 @@ class Recorder(TorchFunctionMode):
         frame = self.frames[-1]
         if probe is frame.probe and frame.makes_anew(name, value):
             return True
-        if isinstance(value, Traced) and value._node.target in INPLACE:
+        if isinstance(value, Traced) and value._node.target in IN_PLACE:
             changed = value._node.args[0]
             if isinstance(changed, fx.Node) and changed.op == "get_attr" and changed.target == name:
                 return False
@@ -365,14 +369,12 @@ def _no_autocast_cache() -> Iterator[None]:
 def _record(
     root: nn.Module, args: Any, kwargs: Any, path: str, training: bool | None, *, watches_draws: bool
 ) -> Level | Opaque | Leaf:
-    recorder = Recorder(root, training)
-    recorder.watches_draws = watches_draws
-    recorder._start = probe = recorder.root.get_submodule(path)
+    recorder = Recorder(root, training, path, watches_draws=watches_draws)
     faked = recorder.fake((args, kwargs))
     data = (args, kwargs) if has_data((args, kwargs)) else None
     try:
         with recorder.aside(), watched(recorder):
-            call: Level | Opaque | Leaf = recorder.record_call(probe, faked[0], faked[1], data)[0]
+            call: Level | Opaque | Leaf = recorder.record_call(recorder.start, faked[0], faked[1], data)[0]
             return call
     except ModelFailed as failure:
         where = f", in '{failure}'" if str(failure) else ""

@@ -119,6 +119,8 @@ def _resize(node: fx.Node, space: Space, size: tuple[int, ...], pools: bool) -> 
 
 
 def _axis(node: fx.Node, axis: int | None, old: tuple[int, ...] | None, new: tuple[int, ...]) -> int | None:
+    if not new:
+        return None
     kind, last = kind_of(node), len(new) - 1
     if kind in ("conv", "conv_transpose", "upsample", "pool"):
         return 1 if len(new) > 2 else None

@@ -224,15 +224,12 @@ _BINARY = (
     "or",
     "xor",
 )
-_INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+_AUGMENTED = tuple(f"i{name}" for name in _BINARY)
 _OTHER = ("lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "invert", "abs", "getitem")
 OPERATORS: dict[str, Callable[..., Any]] = {}
 """Special method → the function of `operator` that does the same, and `__radd__` and its kin with None."""
 
-INPLACE = frozenset(getattr(operator, name) for name in _INPLACE)
-"""The functions of `operator` that change their first argument, where it can be changed."""
-
-for _name in (*_BINARY, *_INPLACE, *_OTHER):
+for _name in (*_BINARY, *_AUGMENTED, *_OTHER):
     _function = getattr(operator, f"{_name}_" if _name in {"and", "or"} else _name)
     OPERATORS[f"__{_name}__"] = _function
     setattr(Traced, f"__{_name}__", _forward(_function))

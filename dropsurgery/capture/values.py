@@ -26,7 +26,7 @@ from dropsurgery.capture.levels import map_tree
 _torch_log = logging.getLogger("torch._subclasses.fake_tensor")
 _is_autocast_enabled = torch.is_autocast_enabled  # not the one that notes who asks while a forward is recorded
 # Layers whose output has the shape and dtype of their input, subclasses included.
-_SAME_SHAPE = (_NormBase, _DropoutNd, nn.LayerNorm, nn.GroupNorm, nn.Identity)
+_SAME_SHAPE = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 # Elementwise layers, by the class that defines their forward.
 _ELEMENTWISE_FORWARDS = frozenset(
     cls.forward
@@ -71,28 +71,15 @@ _UNARY = frozenset(
 )
 # Deterministic functions whose result on the meta device says all: no dispatch of fake tensors is needed.
 _BY_META_NAMES = (
-    *("add", "amax", "amin", "avg_pool1d", "avg_pool2d", "baddbmm", "bmm", "chunk", "clamp", "clone", "contiguous"),
-    *(
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "cos",
-        "cumsum",
-        "detach",
-        "div",
-        "einsum",
-        "exp",
-        "expand",
-        "expand_as",
-        "flatten",
-    ),
-    *("flip", "float", "gather", "group_norm", "interpolate", "layer_norm", "linear", "log", "masked_fill", "matmul"),
-    *("max_pool2d", "mean", "movedim", "mul", "narrow", "neg", "norm", "normalize", "pad", "permute", "pixel_shuffle"),
-    *("pow", "repeat", "repeat_interleave", "reshape", "roll", "rsqrt", "select", "sigmoid", "sin", "softmax", "split"),
-    *("sqrt", "squeeze", "stack", "sub", "sum", "swapaxes", "tanh", "tile", "transpose", "unbind", "unflatten"),
-    *("unfold", "unsqueeze", "var", "view", "view_as", "where", "adaptive_avg_pool2d", "pixel_unshuffle"),
-    *("type_as", "t", "addcmul", "log_softmax", "outer", "meshgrid"),
-)
+    "adaptive_avg_pool2d", "add", "addcmul", "amax", "amin", "avg_pool1d", "avg_pool2d", "baddbmm", "bmm", "chunk",
+    "clamp", "clone", "contiguous", "conv1d", "conv2d", "conv3d", "cos", "cumsum", "detach", "div", "einsum", "exp",
+    "expand", "expand_as", "flatten", "flip", "float", "gather", "group_norm", "interpolate", "layer_norm", "linear",
+    "log", "log_softmax", "masked_fill", "matmul", "max_pool2d", "mean", "meshgrid", "movedim", "mul", "narrow", "neg",
+    "norm", "normalize", "outer", "pad", "permute", "pixel_shuffle", "pixel_unshuffle", "pow", "repeat",
+    "repeat_interleave", "reshape", "roll", "rsqrt", "select", "sigmoid", "sin", "softmax", "split", "sqrt", "squeeze",
+    "stack", "sub", "sum", "swapaxes", "t", "tanh", "tile", "transpose", "type_as", "unbind", "unflatten", "unfold",
+    "unsqueeze", "var", "view", "view_as", "where",
+)  # fmt: skip
 _BY_META = frozenset(
     [getattr(home, name) for name in _BY_META_NAMES for home in (torch, F, torch.Tensor) if hasattr(home, name)]
     + [getattr(operator, name) for name in ("getitem", "matmul", "neg", "pow", "sub", "truediv", "add", "mul")]
@@ -123,8 +110,9 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
             _torch_log.disabled = before
 
     def like(self, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """A fake tensor of the same dtype and device, of the same or of another shape."""
-        elem = torch.empty(tensor.shape if shape is None else shape, dtype=tensor.dtype, device="meta")
+        """A fake tensor of the same dtype and device: laid out alike, or of another shape and contiguous."""
+        twin = _twin(tensor)
+        elem = torch.empty_like(twin) if shape is None else torch.empty(shape, dtype=tensor.dtype, device="meta")
         return self._fake(elem, tensor.device)
 
     def _fake(self, elem: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -173,9 +161,11 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
     def of_leaf(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """The output of a leaf module: by rule where there is one, else by running its forward."""
         if len(args) == 1 and not kwargs and isinstance(args[0], FakeTensor) and _by_rule():
-            shape = _leaf_shape(module, tuple(args[0].shape))
-            if shape is not None:
-                with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction():
+                if _is_elementwise(module):
+                    return self.like(args[0])
+                shape = _leaf_shape(module, tuple(args[0].shape)) if args[0].is_contiguous() else None
+                if shape is not None:
                     return self.like(args[0], shape)
         key = _leaf_key(module, args, kwargs)
         if key is None:
@@ -192,10 +182,9 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
             if function in _UNARY and args and isinstance(args[0], FakeTensor):
                 return self.like(args[0])
-            if function in _BINARY and len(args) == 2 and not kwargs and isinstance(args[0], FakeTensor):
-                shape = _binary_shape(*args)
-                if shape is not None:
-                    return self.like(args[0], shape)
+            plain = function in _BINARY and len(args) == 2 and not kwargs and isinstance(args[0], FakeTensor)
+            if plain and _is_like_first(function, *args):
+                return self.like(args[0])
             if function is F.scaled_dot_product_attention and _is_plain_attention(args, kwargs):
                 return self.like(args[0], (*args[0].shape[:-1], args[2].shape[-1]))
             if function is torch.cat and args:
@@ -254,21 +243,22 @@ def _by_rule() -> bool:
     return not (_is_autocast_enabled("cpu") or _is_autocast_enabled("cuda"))
 
 
-def _binary_shape(left: Any, right: Any) -> tuple[int, ...] | None:
-    """The shape of an elementwise operation whose result has the dtype of its first operand; None for others."""
-    if isinstance(right, FakeTensor):
-        if left.dtype != right.dtype or left.device != right.device:
-            return None
-        return tuple(left.shape) if left.shape == right.shape else _broadcast(left.shape, right.shape)
-    plain = type(right) in (int, float) and left.dtype.is_floating_point
-    return tuple(left.shape) if plain else None
+def _is_like_first(function: Any, left: Any, right: Any) -> bool:
+    """Whether the result of an elementwise operation has the shape, dtype and layout of its first operand."""
+    if not left.dtype.is_floating_point and function is operator.truediv:
+        return False
+    if not isinstance(right, FakeTensor):
+        return type(right) in (int, float) and left.dtype.is_floating_point
+    if left.dtype != right.dtype or left.device != right.device:
+        return False
+    return (left.shape == right.shape and left.stride() == right.stride()) or _fits_into(left, right)
 
 
-def _broadcast(one: torch.Size, other: torch.Size) -> tuple[int, ...] | None:
-    """The shape of two that are broadcast; None where they do not fit, or where the first would grow."""
-    padded = (1,) * (len(one) - len(other)) + tuple(other)
-    fits = len(padded) == len(one) and all(b in (1, a) for a, b in zip(one, padded, strict=True))
-    return tuple(one) if fits else None
+def _fits_into(left: Any, right: Any) -> bool:
+    """Whether a tensor is broadcast to another one, which is contiguous."""
+    padded = (1,) * (left.ndim - right.ndim) + tuple(right.shape)
+    fits = len(padded) == left.ndim and all(b in (1, a) for a, b in zip(left.shape, padded, strict=True))
+    return fits and bool(left.is_contiguous())
 
 
 def _is_plain_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -281,7 +271,10 @@ def _is_plain_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _cat_shape(tensors: Any, dim: int = 0, **other: Any) -> tuple[int, ...] | None:
+    """The shape of contiguous tensors of one dtype, joined; None for others."""
     if other or not all(isinstance(t, FakeTensor) and t.dtype == tensors[0].dtype for t in tensors):
+        return None
+    if not all(tensor.is_contiguous() for tensor in tensors):
         return None
     shapes = [list(tensor.shape) for tensor in tensors]
     total = sum(shape.pop(dim) for shape in shapes)
@@ -292,12 +285,17 @@ def _cat_shape(tensors: Any, dim: int = 0, **other: Any) -> tuple[int, ...] | No
     return tuple(shapes[0])
 
 
+def _is_elementwise(module: nn.Module) -> bool:
+    """Whether the output of a layer is of the shape and layout of its input."""
+    return isinstance(module, (nn.Identity, _DropoutNd)) or type(module).forward in _ELEMENTWISE_FORWARDS
+
+
 def _leaf_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The output shape of a common layer, None where the layer has to be run to know it."""
+    """The output shape of a common layer on a contiguous input, None where the layer has to be run to know it."""
     forward = type(module).forward
-    if isinstance(module, _SAME_SHAPE) or forward in _ELEMENTWISE_FORWARDS:
+    if isinstance(module, _SAME_SHAPE):
         return shape
-    if isinstance(module, _ConvNd) and forward in _CONV_FORWARDS:
+    if isinstance(module, _ConvNd) and forward in _CONV_FORWARDS and module.weight.is_contiguous():
         return _conv_shape(module, shape)
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward and shape[-1] == module.in_features:
         return (*shape[:-1], module.out_features)

@@ -17,8 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dropsurgery.capture.inputs import Inputs
-from dropsurgery.capture.levels import Leaf, Level, Opaque, map_tree
+from dropsurgery.capture.levels import Inputs, Leaf, Level, Opaque, map_tree
 from dropsurgery.records import TensorFact
 
 Call = Level | Opaque | Leaf
@@ -120,12 +119,7 @@ class _Builder:
                 result = args[0]
             elif node.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
                 env[node] = args[0][args[1]]
-            elif (
-                self._components
-                and isinstance(node.target, type)
-                and issubclass(node.target, dict)
-                and node.target is not dict
-            ):
+            elif self._components and _is_dict_class(node.target):
                 env[node] = dict(*args, **kwargs)  # its class does not matter here
             elif node.target in (list, dict) and self._inlines_users(level, node):
                 env[node] = args[0]  # the child that changes it is inlined, and so does it here
@@ -205,3 +199,8 @@ def _bind(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[f
         else:
             env[node] = named.pop(name, node.args[0] if node.args else None)
     return env
+
+
+def _is_dict_class(target: Any) -> bool:
+    """Whether a node makes a dict of a class of its own, such as OrderedDict."""
+    return isinstance(target, type) and issubclass(target, dict) and target is not dict
