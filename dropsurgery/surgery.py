@@ -30,7 +30,7 @@ from dropsurgery.forwards import SLOTS, Owner
 from dropsurgery.planning import ADOPT, Plan, rates_of
 from dropsurgery.recipe import Recipe
 from dropsurgery.records import Edit
-from dropsurgery.regularizers._base import check_rate
+from dropsurgery.regularizers._base import check_rate, require
 from dropsurgery.scheduler import Scheduler, Slot
 
 _STATE_VERSION = 1
@@ -71,7 +71,8 @@ class Surgery:
     Attributes:
         recipe: the recipe that was applied.
         plan: what it came to on this model.
-        regularizers: site id → module, in the order of the plan; `.p` is the current rate.
+        regularizers: site id → module (for a layer that was adopted, an `Adopted` that holds it), in the order of
+            the plan; `.p` is the current rate.
     """
 
     def __init__(self, gm: nn.Module, plan: Plan, context: Context, scheduler: Scheduler | None = None) -> None:
@@ -158,9 +159,15 @@ class Surgery:
                 SurgeryWarning,
                 stacklevel=2,
             )
-        self.scheduler.load_state_dict(state["scheduler"])
-        for site, own in state["regularizers"].items():
-            self.regularizers[site].load_state(own)
+        before = {site: self.regularizers[site].state() for site in state["regularizers"]}
+        try:
+            for site, own in state["regularizers"].items():
+                self.regularizers[site].load_state(own)
+            self.scheduler.load_state_dict(state["scheduler"])
+        except Exception:
+            for site, own in before.items():
+                self.regularizers[site].load_state(own)
+            raise
 
     # -- looking ---------------------------------------------------------------------------------------------------
     @contextmanager
@@ -261,7 +268,11 @@ class Surgery:
     def _bind(self, gm: nn.Module) -> None:
         self._gm = weakref.ref(gm)
         found = self._modules()
-        self.regularizers: dict[str, Any] = {e.site.id: found[e.site.id] for e in self.plan.edits if e.site.id in found}
+        self.regularizers: dict[str, Any] = {
+            edit.site.id: Adopted(found[edit.site.id], *edit.arguments) if edit.kind == ADOPT else found[edit.site.id]
+            for edit in self.plan.edits
+            if edit.site.id in found
+        }
         for regularizer in self._inserted():
             regularizer.context = self.context
             regularizer.forced = False  # also in a copy that is made within `active`
@@ -293,10 +304,7 @@ class Surgery:
         return [regularizer for site, regularizer in self.regularizers.items() if site in kept]
 
     def _slots(self) -> list[Slot]:
-        return [
-            Slot(_rates(edit, self.regularizers[edit.site.id]), self._targets(edit), edit.schedule)
-            for edit in self.plan.edits
-        ]
+        return [Slot(self.regularizers[edit.site.id], self._targets(edit), edit.schedule) for edit in self.plan.edits]
 
     @staticmethod
     def _targets(edit: Edit) -> dict[str, float]:
@@ -311,11 +319,12 @@ class Surgery:
     def _watch(self) -> None:
         """Let the first regularizer tell of training forwards, and the root count them if the recipe says so."""
         model = self._model()
-        for module in (model, *self.regularizers.values()):
+        stochastic = list(self._modules().values())
+        for module in (model, *stochastic):
             drop_own_hooks(module)
         scheduler = weakref.ref(self.scheduler)
-        if self.regularizers:
-            next(iter(self.regularizers.values())).register_forward_pre_hook(_Notice(scheduler))
+        if stochastic:
+            stochastic[0].register_forward_pre_hook(_Notice(scheduler))
         if self.recipe.clock == "forward":
             model.register_forward_pre_hook(_Count(scheduler))
 
@@ -335,19 +344,32 @@ class _Count(OwnHook):
             scheduler.on_forward(module, args)
 
 
-class _AdoptedRate:
-    """The rate of a layer that the model brought along, under the clock."""
+class Adopted:
+    """A stochastic layer that the model brought along, under the clock: `module`, and its rate as `p`."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, rate: str) -> None:
         self.module = module
+        self._rate = rate
+
+    @property
+    def p(self) -> torch.Tensor:
+        """The layer's current rate, a 0-dim float32 tensor; to be set by `set_rate` alone."""
+        return torch.tensor(getattr(self.module, self._rate), dtype=torch.float32)
 
     def set_rate(self, name: str, value: float) -> None:
         """Write the layer's own attribute."""
         setattr(self.module, name, value)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Nothing: the clock says the rate."""
+        return {}
 
-def _rates(edit: Edit, module: Any) -> Any:
-    return _AdoptedRate(module) if edit.kind == ADOPT else module
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take back nothing; a SurgeryError where there is something."""
+        require(not state, "state", "no entries", sorted(state))
+
+    def __repr__(self) -> str:
+        return f"Adopted({self.module!r}, p={self.p:g})"
 
 
 def _arguments(batch: Any, model: nn.Module) -> Any:

@@ -124,6 +124,24 @@ def test_audit_tells_of_adopted_layers() -> None:
     assert [gm.get_submodule(edit.site.module).drop_prob for edit in gm.surgery.plan.edits] == [row.p for row in rows]
 
 
+def test_adopted_layers_tell_their_rate_and_are_saved() -> None:
+    recipe = {"version": 1, "entries": [{"name": "own", "insert": "adopt", "schedule": {"kind": "linear"}}]}
+    models = [timm.create_model("resnet18", drop_path_rate=0.2) for _ in range(2)]
+    gm, other = (apply_recipe(model, recipe, total_steps=4) for model in models)
+    assert rates(gm) == {0.0}
+    for _ in range(2):
+        gm.surgery.step()
+    targets = [edit.p / 2 for edit in gm.surgery.plan.edits]
+    assert [adopted.p.item() for adopted in gm.surgery.regularizers.values()] == pytest.approx(targets)
+    other.surgery.load_state_dict(gm.surgery.state_dict())
+    assert rates(other) == rates(gm)
+    site = gm.surgery.plan.edits[0].site
+    assert gm.surgery.regularizers[site.id].module is gm.get_submodule(site.module)
+    bad = gm.surgery.state_dict() | {"regularizers": {site.id: {"seed": torch.zeros(1)}}}
+    with pytest.raises(SurgeryError, match="state: expected no entries"):
+        gm.surgery.load_state_dict(bad)
+
+
 def test_a_failing_audit_changes_nothing(gm: Any) -> None:
     gm.train()
     with pytest.raises(RuntimeError, match="channels"):
