@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dropsurgery import PlanError, RecipeError, SurgeryWarning, apply_recipe, find_sites, plan_recipe
 from dropsurgery.models import make_model
@@ -243,3 +243,21 @@ def test_what_the_model_throws_away_is_no_site() -> None:
 
     sites = find_sites(Wasteful(), example_inputs=torch.zeros(1, 3, 8, 8))
     assert {(site.pattern, site.edge) for site in sites if site.pattern == "pool"} == {("pool", "input")}
+
+
+class Wasteful(nn.Module):
+    """Computes what it does not use, as a DLA's inner trees do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.project, self.conv = nn.MaxPool2d(2), nn.Identity(), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.pool(x)
+        self.project(self.project(self.pool(x)))
+        return self.conv(self.pool(x))
+
+
+def test_what_the_model_throws_away_is_no_site() -> None:
+    sites = find_sites(Wasteful(), "pool", example_inputs=torch.zeros(1, 3, 8, 8))
+    assert {site.id for site in sites} == {"pool#2:pool.input", "pool#2:pool.output"}
