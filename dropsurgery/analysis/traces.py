@@ -159,7 +159,7 @@ class _Shapes:
         if _keeps_shapes(func):
             if args and result is args[0]:
                 self._known[key] = _IN_PLACE
-            elif not func._schema.is_mutable and all(tensor.is_meta for tensor in _several(result)):
+            elif not func._schema.is_mutable and all(map(_is_shape, _several(result))):
                 made = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in _several(result)]
                 self._known[key] = made if isinstance(result, tuple) else made[0]
         return result
@@ -179,6 +179,11 @@ def _keeps_shapes(func: Any) -> bool:
 
 def _several(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+def _is_shape(result: Any) -> bool:
+    """Whether a result is a shape and no more; some operators give nothing for what was not asked of them."""
+    return isinstance(result, Tensor) and result.is_meta
 
 
 def _empty(like: tuple[Any, Any, torch.dtype]) -> Tensor:
