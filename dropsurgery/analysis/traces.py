@@ -130,7 +130,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         facts = _facts(kept)  # now: an operator may change the shape of what it is given
         result = _shapes.run(func, kept)
         if args and result is args[0]:  # in place
-            self.calls.append(Call(func, facts, kept, None))
+            self.calls.append(Call(func, facts, kept, _IN_PLACE))
             return result
         self.calls.append(Call(func, facts, kept, result))
         return _alias(result)
@@ -217,7 +217,7 @@ class _Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._at += 1
         if torch.Tag.inplace_view in func.tags:
             return func(*args, **given[1])
-        return args[0] if call.result is None and args else _alias(call.result)
+        return args[0] if call.result is _IN_PLACE else _alias(call.result)
 
     def end(self, result: Any, error: tuple[type, str] | None) -> None:
         """The forward is over: it must have come as far as the trace, and to the same end."""
