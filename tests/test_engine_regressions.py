@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dropsurgery import SurgeryError, apply_recipe, find_sites
+from dropsurgery import CaptureError, SurgeryError, apply_recipe, find_sites
 from dropsurgery.capture import Level, record
 from tests.laws import checks, nets
 from tests.laws.models import STEPS, everywhere
@@ -248,3 +248,25 @@ def test_it_may_be_applied_anywhere(around: Callable[[], Any]) -> None:
     for _ in range(STEPS):
         gm.surgery.step()
     checks.check_noise(gm, lambda net: net(x))
+
+
+class SkipsInTraining(nn.Module):
+    """Calls its layer in eval only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(()) is not None:
+            return x
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("edge", ["input", "output"])
+def test_a_layer_that_the_root_does_not_call_in_training(edge: str) -> None:
+    """The layer itself would carry the edit out, and nothing would tell that it never runs."""
+    entry = {"name": "a", "pattern": "conv", "edge": edge, "insert": "dropout"}
+    recipe = {"version": 1, "patterns": {"conv": ["conv2d"]}, "entries": [entry]}
+    with pytest.raises(CaptureError, match="does not pass conv#0:conv"):
+        apply_recipe(SkipsInTraining(), recipe, example_inputs=torch.zeros(2, 4, 8, 8))
