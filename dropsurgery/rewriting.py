@@ -43,7 +43,7 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     calls = Counter(node.meta["module"] for node in captured.view.graph.nodes if "module" in node.meta)
     by_owner: dict[str, dict[LocalEdit, Edit]] = defaultdict(dict)
     for edit in edits:
-        if edit.kind == "insert":
+        if edit.kind != "adopt":
             path, local = _home(model, calls, edit)
             by_owner[path][replace(local, slot=f"s{len(by_owner[path])}")] = edit
     owners = {model.get_submodule(path): path for path in by_owner}
@@ -77,8 +77,10 @@ def _home(model: nn.Module, calls: Counter[nn.Module], edit: Edit) -> tuple[str,
     at = edit.site.at
     if at is None:
         raise SurgeryError(f"{edit.site.id}: this site was read from a file; plan again on the model to rewrite it")
+    if edit.kind == "swap":
+        return _swapped(model, edit, at.node)
     owner = model.get_submodule(edit.site.owner)
-    if owner is model or type(owner).forward is nn.Sequential.forward:
+    if edit.kind == "insert" and (owner is model or type(owner).forward is nn.Sequential.forward):
         leaf = _leaf_at(at, calls)
         if leaf is not None:
             return leaf[0], LocalEdit(OWN, leaf[1], "", edit.site.id)
@@ -88,7 +90,18 @@ def _home(model: nn.Module, calls: Counter[nn.Module], edit: Edit) -> tuple[str,
             "that is set on the instance: leave this site out (`where: {exclude: …}`), or subclass the module"
         )
     node: fx.Node = at.node.meta["level_node"]
-    return edit.site.owner, LocalEdit(local_name(node), at.operand, "", edit.site.id)
+    return edit.site.owner, LocalEdit(local_name(node), at.operand, "", edit.site.id, edit.kind)
+
+
+def _swapped(model: nn.Module, edit: Edit, node: fx.Node) -> tuple[str, LocalEdit]:
+    """The layer itself carries a swap out, wherever it is called."""
+    layer = model.get_submodule(edit.site.module)
+    if node.meta.get("opaque") or not is_leaf(layer) or "forward" in layer.__dict__:
+        raise SurgeryError(
+            f"{edit.site.id}: expected one layer that runs its class's forward, got {type(layer).__name__}; "
+            "leave this site out (`where: {exclude: …}`)"
+        )
+    return edit.site.module, LocalEdit(OWN, None, "", edit.site.id, "swap")
 
 
 def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | None:
