@@ -75,6 +75,8 @@ class DropBlock(Regularizer):
 
     paper = "Ghiasi, Lin, Le: DropBlock, NeurIPS 2018, arXiv:1810.12890"
     summary = "drops contiguous blocks of each feature map"
+    placement = "after conv-BN(-ReLU) and on the shortcuts, in groups 3 and 4: dropblock_resnet_g34"
+    shapes = "maps (B, C, H, W) or (B, H, W, C)"
     examples = (
         {"p": 0.1, "block_size": 7},
         {"p": 0.3, "block_size": 2, "gamma": "exact"},

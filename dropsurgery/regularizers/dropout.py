@@ -32,6 +32,7 @@ class Dropout(Regularizer):
 
     paper = "Srivastava et al.: Dropout, JMLR 15, 2014"
     summary = "drops single elements"
+    placement = "on hidden units; before the classifier: classifier_dropout; after convolutions: dropout_resnet_g34"
     examples = ({"p": 0.1}, {"p": 0.5})
 
     p: Tensor

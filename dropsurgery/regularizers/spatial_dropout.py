@@ -32,6 +32,8 @@ class SpatialDropout(Regularizer):
 
     paper = "Tompson et al.: Efficient Object Localization, CVPR 2015, arXiv:1411.4280"
     summary = "drops whole feature maps"
+    placement = "after convolutions: spatial_dropout_resnet_g34"
+    shapes = "maps (B, C, H, W) or (B, H, W, C)"
     examples = ({"p": 0.1}, {"p": 0.5})
 
     p: Tensor
