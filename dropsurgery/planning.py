@@ -222,6 +222,7 @@ class _Planner:
         for index, entry in enumerate(self.recipe.entries):
             self._entry(entry, f"entries[{index}] '{entry.name}'")
         edits = [edit for edits in self.placed.values() for edit in edits]
+        self.problems += _shared_layers(self.sites.graph, edits)
         hits = Counter(edit.entry for edit in edits)
         counts = {entry.name: hits[entry.name] for entry in self.recipe.entries}
         for index, entry in enumerate(self.recipe.entries):
@@ -359,6 +360,20 @@ def _check_kind(kind: str, entry: Entry, site: Site) -> None:
         raise PlanError(f"{site.id}: {entry.insert} ({kind}) needs {wanted}, got {edge}")
     if kind == "combine" and not (site.at and site.at.operand is None and _is_plain_sum(site.at.node)):
         raise PlanError(f"{site.id}: {entry.insert} stands in for a sum of two tensors, and {edge} is none")
+
+
+def _shared_layers(graph: fx.Graph, edits: Sequence[Edit]) -> Iterator[str]:
+    """What would act where it was not asked for: a stand-in for a layer that is called elsewhere too."""
+    swaps = [edit for edit in edits if edit.kind == "swap"]
+    calls = Counter(node.meta.get("module") for node in graph.nodes) if swaps else Counter()
+    for edit in swaps:
+        count = calls[edit.site.at.node.meta["module"]] if edit.site.at else 0
+        sites = 1 + len(edit.merged)
+        if count > sites:
+            yield (
+                f"{edit.site.id}: '{edit.site.module}' is called {count} times, of which {sites} are sites; "
+                f"{edit.regularizer} would act in all of them. Leave it out (`where: {{exclude: …}}`)"
+            )
 
 
 def _is_plain_sum(node: fx.Node) -> bool:

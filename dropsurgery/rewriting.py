@@ -6,7 +6,7 @@ model ── copy of all shells, same tensors ──▶ tree ── generated fo
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,9 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     copies = copy_tree(model, lambda module: empty(type(module)) if module in generated else bare(module))
     for module, path in owners.items():
         regularizers = {local: build(edit) for local, edit in by_owner[path].items()}
-        levels = captured.view.levels.get(path) or [leaf_level(module, _inputs_of(captured, module))]
+        levels = captured.view.levels.get(path) or [
+            leaf_level(module, inputs) for inputs in _inputs_of(captured, module)
+        ]
         emit_owner(copies[module], regularizers, levels)
     for edit in edits:
         if edit.kind == "adopt":
@@ -123,13 +125,13 @@ def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | No
     return node.meta["path"], 0 if operand == 0 else None
 
 
-def _inputs_of(captured: Captured, module: nn.Module) -> Inputs:
-    """What a leaf is called with on the example."""
-    (node,) = (node for node in captured.view.graph.nodes if node.meta.get("module") is module)
-    level_node: fx.Node = node.meta["level_node"]
-    call = (level_node.args, level_node.kwargs)
-    args, kwargs = map_tree(call, lambda item: item.meta["value"] if isinstance(item, fx.Node) else item)
-    return args, kwargs
+def _inputs_of(captured: Captured, module: nn.Module) -> Iterator[Inputs]:
+    """What a leaf is called with on the example, call by call."""
+    for node in captured.view.graph.nodes:
+        if node.meta.get("module") is module:
+            level_node: fx.Node = node.meta["level_node"]
+            call = (level_node.args, level_node.kwargs)
+            yield map_tree(call, lambda item: item.meta["value"] if isinstance(item, fx.Node) else item)
 
 
 def strip(gm: nn.Module) -> nn.Module:

@@ -54,6 +54,7 @@ class Regularizer(nn.Module):
         shapes: what it accepts, as users read it.
         needs: what it needs besides its input, such as the host's class; empty for nothing.
         examples: arguments under which the contract's tests run it.
+        producer: kinds of the operation that its input comes from, such as ("activation", "relu"); set before `build`.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
         eval_rule: "identity", or in words what it does in eval mode.
     """
@@ -69,6 +70,7 @@ class Regularizer(nn.Module):
 
     eval_rule: str = "identity"
     channel_axis: int = 1
+    producer: tuple[str, ...] = ()
     site_id: str = ""
     context: Keys | None = None
     forced: bool = False
@@ -110,6 +112,12 @@ class Regularizer(nn.Module):
         """Stand in for the forward of a layer; a SurgeryError where that is no layer that it knows."""
         # Kept out of `_modules`: the layer holds the regularizer, not the other way round.
         self.__dict__["_host"] = host
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own forward: that of its class, and not the one that calls this stand-in."""
+        host = self.host
+        cls: Any = getattr(type(host), "_own_class", type(host))
+        return cls.forward(host, *args, **kwargs)
 
     def after_step(self) -> None:
         """Called each time that the clock has moved by an optimizer step, for what constrains weights."""
