@@ -108,7 +108,7 @@ class Draw:
         few = replace(self, maps=(int(numbers[-1]) + 1 if len(numbers) else 0, 1))
         mask = torch.zeros(*few.maps, *self.size, dtype=torch.uint8, device=CPU)
         few.fill_(mask, Blocks(blocks.seeds[crowded] % positions + numbers * positions), 1)
-        return alone * math.prod(self.block) + int(mask.sum())
+        return alone * math.prod(self.block) + count_ones(mask)
 
     def fill_(self, x: Tensor, blocks: Blocks, value: int) -> None:
         """Write `value` into the blocks in `x` (B, C, ...): fresh and dense."""
