@@ -251,7 +251,8 @@ def refuses_places_in_words(make: Make) -> None:
         taken += 1
         inputs = tuple(torch.randn(shape) for _ in range(2 if layer.kind == "combine" else 1))
         y = layer(*inputs)
-        assert y.shape == shape and y.isfinite().all() and 0 < layer.expected_drop(shape) < 1
+        assert y.shape == shape and y.isfinite().all()
+        assert 0 < layer.expected_drop(shape) < 1 or learned(layer)  # some have to learn first what to drop
     assert taken
 
 
@@ -297,9 +298,10 @@ def compiles_with_a_moving_rate(make: Make) -> None:
     for layer in (eager, compiled):
         layer.context, layer.site_id = Context(seed=3), "site"
     given = inputs_of(eager)
+    whole = _compiles_whole(eager, given)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    run = torch.compile(compiled, fullgraph=True, backend=counter)
+    run = torch.compile(compiled, fullgraph=whole, backend=counter)
     for step, rate in enumerate((0.0, 0.1, 0.2, 0.3, 0.0, 0.4)):
         outcomes = []
         for layer, call in ((eager, eager), (compiled, run)):
@@ -311,7 +313,19 @@ def compiles_with_a_moving_rate(make: Make) -> None:
             outcomes.append((y, gradients(layer, inputs)))
         (y, grads), (compiled_y, compiled_grads) = outcomes
         assert close(compiled_y, y) and agree(compiled_grads, grads)
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 2 or not whole
+
+
+def _compiles_whole(layer: Regularizer, inputs: Inputs) -> bool:
+    """Whether the host alone becomes one graph, which torch refuses to make of an LSTM."""
+    if layer.kind != "swap":
+        return True
+    torch._dynamo.reset()
+    try:
+        torch.compile(copy.deepcopy(layer.host), fullgraph=True, backend="eager")(*inputs)
+    except torch._dynamo.exc.TorchDynamoException:
+        return False
+    return True
 
 
 def recomputes_the_same(make: Make) -> None:
@@ -338,7 +352,8 @@ def recomputes_the_same(make: Make) -> None:
         for reentrant in ways:
 
             def how(layer: Regularizer, *inputs: Tensor, reentrant: bool = reentrant) -> Any:
-                return checkpoint(layer, *inputs, use_reentrant=reentrant)
+                # Flat, as one way of checkpointing gives no gradients to tensors within tuples within tuples.
+                return checkpoint(lambda *xs: tuple(tree_leaves(layer(*xs))), *inputs, use_reentrant=reentrant)
 
             y, recomputed = run(how)
             assert close(y, expected) and agree(recomputed, grads)
@@ -577,6 +592,23 @@ class Worded(Kept):
         return vectors, {"mean": vectors.mean(1)}
 
 
+class Sequenced(Hosted):
+    needs = "an LSTM"
+
+    def bind(self, host: nn.Module) -> None:
+        if not isinstance(host, nn.LSTM):
+            raise SurgeryError(f"sequenced at {self.site_id}: expected an LSTM, got {type(host).__name__}")
+        Regularizer.bind(self, host)
+
+    @staticmethod
+    def example_host() -> nn.Module:
+        return nn.LSTM(5, 4, batch_first=True)
+
+    @staticmethod
+    def example_inputs(batch: int) -> Inputs:
+        return (torch.randn(batch, 6, 5),)
+
+
 class Strengthened(Kept):
     learned, eval_rule = ("strength",), "times the strength of its channel"
 
@@ -603,7 +635,7 @@ class Strongest(Strengthened):
         return x * (rank + 1 > self.p * len(rank)).view(sizes)
 
 
-GOOD = [Kept, Noisy, Joined, Hosted, Worded, Strengthened, Strongest]
+GOOD = [Kept, Noisy, Joined, Hosted, Worded, Sequenced, Strengthened, Strongest]
 
 
 class Nameless(Kept):
@@ -736,6 +768,11 @@ class BakedNoise(Noisy):
         return x + (uniform(x.shape, x.device, self.next_key()) < self._rates["p"])
 
 
+class BakedSequence(Sequenced):
+    def drop(self, x: Tensor) -> Tensor:
+        return super().drop(x) if not torch.compiler.is_compiling() else x * 0.9
+
+
 class ElsewhereJoined(Joined):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b * (torch.rand(len(b), 1, 1, 1, generator=Elsewhere.generator) >= self.p)
@@ -814,7 +851,7 @@ BREACHES = {
     repeats_by_global_seed: [Elsewhere, Calm, Excited],
     repeats_by_key: [Unkeyed, Calm, Excited],
     survives_copies: [Uncopied],
-    compiles_with_a_moving_rate: [Baked, BakedNoise],
+    compiles_with_a_moving_rate: [Baked, BakedNoise, BakedSequence],
     recomputes_the_same: [Elsewhere, ElsewhereJoined, Counting],
     takes_every_shape: [Growing, GrowingHost],
     keeps_the_layout: [Flattening, FlatteningHost],
