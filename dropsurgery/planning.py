@@ -262,14 +262,16 @@ class _Planner:
 
     def _chosen(self, entry: Entry, candidates: list[Site]) -> list[tuple[Site, float]]:
         """The sites that `where` leaves, each with its share of the rate by the entry's depth rule."""
-        shares = _depth_shares(entry.depth_rule, candidates)
+        shares = [1.0] * len(candidates) if entry.depth_rule == "cells" else _depth_shares(entry.depth_rule, candidates)
         refused = {_key(site.at) for name in entry.where.not_on or () for site in self._named(name)}
         left = [
             (site, share)
             for site, share in zip(candidates, shares, strict=True)
             if entry.where.matches_facts(site) and _key(site.at) not in refused
         ]
-        return list(entry.where.pick(left))
+        chosen = list(entry.where.pick(left))
+        # The others may well be in no block: what joins the cells, or the head.
+        return [(site, _cell_share(site)) for site, _ in chosen] if entry.depth_rule == "cells" else chosen
 
     def _named(self, name: str) -> list[Site]:
         pattern, _, edge = name.rpartition(".")
@@ -410,8 +412,6 @@ def _depth_shares(rule: str, sites: Sequence[Site]) -> list[float]:
             shares.append((place + 1) / count)
         elif rule == "linear0":
             shares.append(place / (count - 1) if count > 1 else 1.0)
-        elif rule == "cells":
-            shares.append(_cell_share(site))
         else:
             shares.append(1.0)
     return shares

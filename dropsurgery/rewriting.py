@@ -5,6 +5,7 @@ model ── copy of all shells, same tensors ──▶ tree ── generated fo
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dropsurgery.capture import Captured, Inputs
 from dropsurgery.capture.levels import is_leaf, map_tree
 from dropsurgery.emission import OWN_GRAPH, drop_own_hooks, emit_owner, emit_root, empty, own_fields
-from dropsurgery.errors import SurgeryError
+from dropsurgery.errors import SurgeryError, SurgeryWarning
 from dropsurgery.forwards import OWN, SLOTS, LocalEdit, leaf_level
 from dropsurgery.graph import local_name
 from dropsurgery.records import Edge, Edit
@@ -139,11 +140,14 @@ def strip(gm: nn.Module) -> nn.Module:
 
     The result shares its parameters and buffers with `gm`, which stays as it is and goes on working.
 
+    Where a regularizer does something in eval too, or has learned something, a SurgeryWarning says that this is lost.
+
     Raises:
         SurgeryError: the module was not made by `apply_recipe`.
     """
     if "surgery" not in getattr(gm, "__dict__", {}):
         raise SurgeryError(f"strip: expected a model made by apply_recipe, got {type(gm).__name__}")
+    _tell_what_is_lost(gm)
     copies = copy_tree(gm, bare)
     for module, plain in copies.items():
         fields: dict[str, Any] = plain.__dict__
@@ -154,3 +158,18 @@ def strip(gm: nn.Module) -> nn.Module:
         fields.update(fields.pop(ADOPTED, {}))
         drop_own_hooks(plain)
     return copies[gm]
+
+
+def _tell_what_is_lost(gm: nn.Module) -> None:
+    """Warn of what regularizers do in eval: a stripped model does not."""
+    surgery: Any = gm.surgery
+    rules = Counter(getattr(regularizer, "eval_rule", "identity") for regularizer in surgery.regularizers.values())
+    del rules["identity"]
+    if rules:
+        done = "; ".join(f"{rule} ({count} sites)" for rule, count in rules.items())
+        warnings.warn(
+            f"strip: in eval this {type(gm).__name__} also computes: {done}. The stripped model does not, and its "
+            "outputs will differ",
+            SurgeryWarning,
+            stacklevel=3,
+        )

@@ -56,6 +56,9 @@ class Regularizer(nn.Module):
         examples: arguments under which the contract's tests run it.
         producer: kinds of the operation that its input comes from, such as ("activation", "relu"); set before `build`.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
+        uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
+        learned: names of the parameters that it adds to the model.
+        random: whether it draws numbers.
         eval_rule: "identity", or in words what it does in eval mode.
     """
 
@@ -67,6 +70,9 @@ class Regularizer(nn.Module):
     needs: ClassVar[str] = ""
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()
     drops: ClassVar[str] = "zero"
+    uncounted: ClassVar[str] = ""
+    learned: ClassVar[tuple[str, ...]] = ()
+    random: bool = True
 
     eval_rule: str = "identity"
     channel_axis: int = 1
