@@ -114,7 +114,7 @@ class Sites:
         for index, at in enumerate(edges):
             if "level_node" not in at.node.meta:  # called by a forward that stays opaque: no graph holds this edge
                 continue
-            if at.operand is None and _is_thrown_away(at.node):
+            if at.node.op != "output" and _is_thrown_away(at.node):
                 continue
             yield site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
 
@@ -128,7 +128,8 @@ class Sites:
 
 def _is_thrown_away(node: fx.Node) -> bool:
     """Whether the model itself does not use what a node gives; where it works in place, others see what it did."""
-    return not node.users and not works_in_place(node, lambda _: node.meta["module"])
+    unused = all("identity" in kinds_of(user) and _is_thrown_away(user) for user in node.users)
+    return unused and not works_in_place(node, lambda _: node.meta["module"])
 
 
 def site_at(at: Edge, pattern: str, edge: str) -> Site:

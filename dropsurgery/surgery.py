@@ -407,5 +407,7 @@ def _audited(edit: Edit, regularizer: Any, shape: tuple[int, ...], device: torch
     if regularizer.uncounted:
         return AuditRow(edit.site.id, edit.regularizer, edit.p, expected, float("nan"), shape, regularizer.uncounted)
     ones = torch.ones(shape, device=device)
-    dropped = regularizer(*[ones] * (2 if edit.kind == "combine" else 1)) == 0
+    given = (ones, 2 * ones) if edit.kind == "combine" else (ones,)
+    given_back = regularizer(*given)
+    dropped = given_back == 0 if regularizer.drops == "zero" else given_back != sum(given)
     return AuditRow(edit.site.id, edit.regularizer, edit.p, expected, float(dropped.float().mean()), shape)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dropsurgery import PlanError, RecipeError, SurgeryWarning, apply_recipe, find_sites, plan_recipe
 from dropsurgery.models import make_model
@@ -229,17 +229,21 @@ def test_a_declared_pattern() -> None:
     assert edit.site.module == "2"
 
 
+class Wasteful(nn.Module):
+    """Computes what it does not use, as a DLA's inner trees do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.project, self.conv = nn.MaxPool2d(2), nn.Identity(), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        self.pool(x)
+        self.project(self.project(self.pool(x)))
+        torch.relu_(x)  # its result is used under another name
+        return self.conv(self.pool(x))
+
+
 def test_what_the_model_throws_away_is_no_site() -> None:
-    class Wasteful(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.pool, self.head = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.conv(x)
-            self.pool(x)
-            torch.relu_(x)
-            return self.head(x)
-
-    sites = find_sites(Wasteful(), example_inputs=torch.zeros(1, 3, 8, 8))
-    assert {(site.pattern, site.edge) for site in sites if site.pattern == "pool"} == {("pool", "input")}
+    sites = find_sites(Wasteful(), "pool", example_inputs=torch.zeros(1, 3, 8, 8))
+    assert {site.id for site in sites} == {f"pool#2:pool.{edge}" for edge in ("input", "output", "module")}

@@ -129,8 +129,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotComparable("it makes constants on its device, whose values a trace does not show")
         facts = _facts(kept)  # now: an operator may change the shape of what it is given
         result = _shapes.run(func, kept)
+        if _is_constant(result):
+            if func in _EMPTY:
+                result.zero_()  # what lies there by chance is no constant
+            self.calls.append(Call(func, facts, kept, result.clone()))
+            return result
         if args and result is args[0]:  # in place
-            self.calls.append(Call(func, facts, kept, None))
+            self.calls.append(Call(func, facts, kept, _IN_PLACE))
             return result
         self.calls.append(Call(func, facts, kept, result))
         return _alias(result)
@@ -156,10 +161,10 @@ class _Shapes:
         result = func(*args, **kwargs)
         if len(self._known) == self.limit:
             self._known.clear()
-        if _keeps_shapes(func):
+        if _keeps_shapes(func) and not _is_constant(result):
             if args and result is args[0]:
                 self._known[key] = _IN_PLACE
-            elif not func._schema.is_mutable and all(tensor.is_meta for tensor in _several(result)):
+            elif not func._schema.is_mutable and all(map(_is_shape, _several(result))):
                 made = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in _several(result)]
                 self._known[key] = made if isinstance(result, tuple) else made[0]
         return result
@@ -181,11 +186,38 @@ def _several(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def _is_constant(result: Any) -> bool:
+    """Whether an operator gives numbers: constants that a forward makes for itself, on the CPU."""
+    return isinstance(result, Tensor) and not result.is_meta
+
+
+def _anew(call: Call, args: Any, kwargs: Any) -> Tensor:
+    """The constant that a call gives, computed anew: views of it and changes in place follow. Draws are repeated."""
+    made: Tensor = call.operator(*args, **kwargs)
+    if call.operator in _EMPTY or torch.Tag.nondeterministic_seeded in call.operator.tags:
+        made.copy_(call.result)
+    return made
+
+
+def _is_shape(result: Any) -> bool:
+    """Whether a result is a shape and no more; some operators give nothing for what was not asked of them."""
+    return isinstance(result, Tensor) and result.is_meta
+
+
 def _empty(like: tuple[Any, Any, torch.dtype]) -> Tensor:
     return torch.empty_strided(like[0], like[1], dtype=like[2], device="meta")
 
 
 _shapes = _Shapes()
+_EMPTY = frozenset(
+    (
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+    )
+)
 
 
 class _Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -212,7 +244,9 @@ class _Replayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._at += 1
         if torch.Tag.inplace_view in func.tags:
             return func(*args, **given[1])
-        return args[0] if call.result is None and args else _alias(call.result)
+        if _is_constant(call.result):
+            return _anew(call, args, given[1])
+        return args[0] if call.result is _IN_PLACE else _alias(call.result)
 
     def end(self, result: Any, error: tuple[type, str] | None) -> None:
         """The forward is over: it must have come as far as the trace, and to the same end."""

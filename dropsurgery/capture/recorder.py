@@ -88,8 +88,8 @@ class Recorder(TorchFunctionMode):
         within = isinstance(home, nn.Module) and home in self.original
         return within or id(home) in self._collectors or _package(hook) in packages
 
-    def fake(self, tree: Any, known: dict[int, Any] | None = None) -> Any:
-        """The tree with each tensor replaced by a fake one of the same shape, dtype, device and grad flag.
+    def fake(self, tree: Any, known: dict[int, Any] | None = None, device: torch.device | None = None) -> Any:
+        """The tree with each tensor replaced by a fake one of its shape, dtype, device (or `device`) and grad flag.
 
         `known` holds by id what was made before: one tensor in two trees stays one.
         """
@@ -103,7 +103,7 @@ class Recorder(TorchFunctionMode):
                 made = self.values.like(item)
             else:
                 with torch.no_grad(), self.values:
-                    made = torch.empty_like(item, dtype=item.dtype, device=item.device)
+                    made = torch.empty_like(item, dtype=item.dtype, device=device or item.device)
             made.requires_grad_(item.requires_grad)
             if known is not None:
                 known[id(item)] = made
@@ -193,14 +193,18 @@ class Recorder(TorchFunctionMode):
             raise
         except (Exception, Untraceable) as failure:
             value, calls = self._observe_on_data(opaque, probe, failure, data)
-            value = self.fake(value, known)
             opaque.on_data = True
+        # Made-up numbers are on the CPU; what they stand for is where the model is.
+        device = torch.device("meta") if opaque.on_data and _on_meta(opaque.module) else None
+
+        def faked(tree: Any) -> Any:
+            return self.fake(tree, known, device) if opaque.on_data else tree
+
         for call in calls:
-            inputs = self.fake(call.inputs, known) if opaque.on_data else call.inputs
-            output = self.fake(call.output, known) if opaque.on_data else call.output
+            inputs, output = faked(call.inputs), faked(call.output)
             made, _ = self.record_call(call.probe, inputs[0], inputs[1], call.inputs if opaque.on_data else None)
             opaque.components.append(Component(made, inputs, output))
-        return value
+        return faked(value)
 
     def _observe_on_data(
         self, opaque: Opaque, probe: nn.Module, failure: BaseException, data: Inputs | None
@@ -313,6 +317,11 @@ class Recorder(TorchFunctionMode):
         if inspect.ismethoddescriptor(func):
             return frame.call_method(name, args, kwargs)
         return frame.call_function(func, args, kwargs)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    """Whether a module's tensors hold no numbers."""
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _package(thing: Any) -> str:

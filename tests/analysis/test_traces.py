@@ -48,6 +48,24 @@ def in_place(net: Net, x: Tensor) -> Tensor:
     return x.unsqueeze_(0).squeeze(0).view(x.shape[1], -1)[1:]
 
 
+def asserting(net: Net, x: Tensor) -> Tensor:
+    torch._assert_async((x.mean() * 0 == 0).all())
+    return x
+
+
+def constants_in_place(net: Net, x: Tensor) -> Tensor:
+    """Numbers on the CPU: drawn into memory that held others, changed through a view."""
+    made = torch.empty(3).uniform_(-1, 1)
+    made[1:].mul_(2)
+    made += torch.full_like(made, 0.5)
+    return x * made.exp().sum().to("meta")
+
+
+def partly(net: Net, x: Tensor) -> Tensor:
+    """A norm without weights: in backward an operator gives nothing for the gradients of what is not there."""
+    return F.layer_norm(F.rms_norm(x, x.shape[-1:]), x.shape[-1:])
+
+
 SAME: dict[str, Callable[[Net, Tensor], Any]] = {
     "one operator": lambda net, x: F.relu(x),
     "operators in place, and views": in_place,
@@ -56,6 +74,9 @@ SAME: dict[str, Callable[[Net, Tensor], Any]] = {
     "constants": lambda net, x: x[:, torch.tensor([2, 0])] * torch.tensor(2.0),
     "a constant that is no number": lambda net, x: x.clamp(max=float("nan")),
     "an attribute": lambda net, x: x + net.first.weight.mean(),
+    "constants that are changed": constants_in_place,
+    "an operator without a result": asserting,
+    "an operator that gives a part": partly,
     "nothing": lambda net, x: None,
 }
 

@@ -88,6 +88,17 @@ class Asks(nn.Module):
         return x * min(1.0, x.abs().max().item())
 
 
+class Grows(Asks):
+    """Goes by numbers, and calls a layer whose shapes torch alone knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(super().forward(x))
+
+
 class Picks(nn.Module):
     """Gives as many rows as the numbers say."""
 
@@ -196,6 +207,7 @@ NETS = {
     "a table of sizes": lambda: nn.Sequential(conv(3, 4), Table()),
     "what it was given": lambda: nn.Sequential(conv(3, 4), Remembers()),
     "numbers": Asks,
+    "numbers, then larger": Grows,
     "numbers within": lambda: nn.Sequential(Asks(), conv()),
     "rows by numbers": lambda: nn.Sequential(Picks(), nn.Linear(4, 4), nn.ReLU()),
     "decides by rows": Counts,
@@ -206,7 +218,7 @@ NETS = {
     "the first input": Caches,
 }
 OPAQUE = {"what it was given", "numbers", "numbers within", "rows by numbers", "decides by rows", "a new tensor"}
-OPAQUE |= {"the first input"}
+OPAQUE |= {"the first input", "numbers, then larger"}
 
 
 def image(size: int = 12, batch: int = 2) -> Tensor:
