@@ -63,7 +63,14 @@ class Plan:
         lines = [line.rstrip() for line in captured.get().splitlines()]
         counts = ", ".join(f"{name}: {count}" for name, count in self.hits.items())
         end = f"{len(self.edits)} edits on {self.model} by {self.recipe.name} ({counts})"
-        return "\n".join([*lines, "", end, *self.notes])
+        rules = [f"in eval: {rule} at {count} sites" for rule, count in self.eval_rules().items()]
+        return "\n".join([*lines, "", end, *rules, *self.notes])
+
+    def eval_rules(self) -> Counter[str]:
+        """What regularizers do in eval mode, in words, where that is anything, and at how many sites."""
+        planned = [edit for edit in self.edits if edit.kind != ADOPT]
+        made = (catalogue.load("regularizers", edit.regularizer)(**edit.arguments) for edit in planned)
+        return Counter(regularizer.eval_rule for regularizer in made if regularizer.eval_rule != "identity")
 
     def detached(self) -> Plan:
         """The same plan without the graph that its sites point into: what an emitted model carries."""
