@@ -12,7 +12,7 @@ import functools
 import hashlib
 import inspect
 import linecache
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,7 +155,7 @@ def install(module: nn.Module, owner: Owner, level: Level | None = None) -> None
             variants = {False: _variant(module, owner, level), True: _variant(module, owner, other)}
     for mode, variant in variants.items():
         if variant.missing:
-            raise CaptureError(_lost(module, variant.missing))
+            raise CaptureError(lost(module, variant.missing))
         if any(name == "training" for _, name in owner.foreign):
             continue  # the modes of children are their own: recorded as they are, at the first call
         owner.variants[_signature(module, owner, mode, args, kwargs)] = variant
@@ -438,10 +438,11 @@ def _refuse_missing(module: nn.Module, missing: tuple[LocalEdit, ...]) -> None:
     """Training without a regularizer that was asked for would be silent."""
     slots: Slots = getattr(module, SLOTS)
     if any(slots.get_submodule(edit.slot).active for edit in missing):
-        raise SurgeryError(_lost(module, missing))
+        raise SurgeryError(lost(module, missing))
 
 
-def _lost(module: nn.Module, missing: tuple[LocalEdit, ...]) -> str:
+def lost(module: nn.Module, missing: Sequence[LocalEdit]) -> str:
+    """What to say of edits that have no place in a forward."""
     names = ", ".join(f"{edit.site_id} ({edit.name[0]})" for edit in missing)
     return (
         f"the forward of {own_class(module).__name__} does not pass {names} on this input or in this mode: "

@@ -24,6 +24,17 @@ IN_PLACE = frozenset(getattr(operator, f"i{name}") for name in _AUGMENTED)
 """The functions of `operator` that change a tensor: all that augment but `@=`, which makes a new one."""
 
 
+def add_node(
+    graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    """`Graph.create_node` in half its time: that one looks for symbolic numbers in all arguments, where none can be."""
+    node = graph.create_node(op, target)
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
 def local_names(graph: fx.Graph) -> dict[LocalName, fx.Node]:
     """Every node of a graph by its stable name."""
     counts: Counter[str] = Counter()

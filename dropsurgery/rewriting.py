@@ -14,12 +14,12 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from dropsurgery.capture import Captured, Inputs
+from dropsurgery.capture import Captured, Inputs, Level, record
 from dropsurgery.capture.levels import is_leaf, map_tree
 from dropsurgery.emission import OWN_GRAPH, drop_own_hooks, emit_owner, emit_root, empty, own_fields
-from dropsurgery.errors import SurgeryError, SurgeryWarning
-from dropsurgery.forwards import OWN, SLOTS, LocalEdit, leaf_level
-from dropsurgery.graph import local_name
+from dropsurgery.errors import CaptureError, SurgeryError, SurgeryWarning
+from dropsurgery.forwards import OWN, SLOTS, LocalEdit, leaf_level, lost
+from dropsurgery.graph import local_name, local_names
 from dropsurgery.records import Edge, Edit
 from dropsurgery.trees import bare, copy_tree
 
@@ -47,6 +47,9 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
         if edit.kind != "adopt":
             path, local = _home(model, calls, edit)
             by_owner[path][replace(local, slot=f"s{len(by_owner[path])}")] = edit
+    _check_training(
+        captured, [edit for homed in by_owner.values() for local, edit in homed.items() if local.name == OWN]
+    )
     owners = {model.get_submodule(path): path for path in by_owner}
     generated = {model, *owners}
     copies = copy_tree(model, lambda module: empty(type(module)) if module in generated else bare(module))
@@ -63,6 +66,24 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     if model not in owners:
         emit_root(root, captured.inputs, captured.root)
     return root
+
+
+def _check_training(captured: Captured, edits: Sequence[Edit]) -> None:
+    """Refuse edits that the root's leaves carry for it where the root does not call these leaves in training."""
+    root = captured.root
+    homed = [edit for edit in edits if not edit.site.owner and edit.site.at]
+    if not homed or not isinstance(root, Level) or not root.reads_training:
+        return
+    training = record(captured.model, *captured.inputs, training=True)
+    names = local_names(training.graph) if isinstance(training, Level) else None
+    places = [
+        LocalEdit(local_name(edit.site.at.node.meta["level_node"]), None, "", edit.site.id)
+        for edit in homed
+        if edit.site.at
+    ]
+    missing = [place for place in places if names is not None and place.name not in names]
+    if missing:
+        raise CaptureError(lost(captured.model, missing))
 
 
 def _adopt(layer: nn.Module, edit: Edit) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dropsurgery import SurgeryError, apply_recipe, find_sites
+from dropsurgery import CaptureError, SurgeryError, apply_recipe, find_sites
 from dropsurgery.capture import Level, record
 from tests.laws import checks, nets
 from tests.laws.models import STEPS, everywhere
@@ -248,3 +248,24 @@ def test_it_may_be_applied_anywhere(around: Callable[[], Any]) -> None:
     for _ in range(STEPS):
         gm.surgery.step()
     checks.check_noise(gm, lambda net: net(x))
+
+
+class SkipsInTraining(nn.Module):
+    """Calls its layer in eval only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(()) is not None:
+            return x
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("edge", ["input", "output"])
+def test_a_layer_that_the_root_does_not_call_in_training(edge: str) -> None:
+    """The layer itself would carry the edit out, and nothing would tell that it never runs."""
+    entry = {"name": "a", "pattern": "linear", "edge": edge, "insert": "dropout"}
+    with pytest.raises(CaptureError, match=f"does not pass fc#0:linear.{edge}"):
+        apply_recipe(SkipsInTraining(), {"version": 1, "entries": [entry]}, example_inputs=torch.zeros(2, 4))

@@ -18,6 +18,7 @@ from torch import fx, nn
 from dropsurgery.capture.levels import Guard, Level, Opaque, like_dict, map_tree
 from dropsurgery.capture.nodes import from_input, is_input, traceable, written, written_out
 from dropsurgery.capture.traced import Traced, TracedItem, TracedSize, Untraceable
+from dropsurgery.graph import add_node
 
 if TYPE_CHECKING:
     from dropsurgery.capture.recorder import Recorder
@@ -192,7 +193,7 @@ class Frame:
         if node not in self._shapes:
             with torch._C.DisableTorchFunction():
                 sizes = tuple(tensor._value.shape)
-            shape = self.graph.call_function(getattr, (node, "shape"))
+            shape = add_node(self.graph, "call_function", getattr, (node, "shape"))
             self._shapes[node] = TracedSize(TracedItem(self, shape, index, size) for index, size in enumerate(sizes))
         return self._shapes[node]
 
@@ -232,7 +233,7 @@ class Frame:
             raise
         if value is NotImplemented:
             return value
-        node = self.graph.create_node(op, target, *nodes)
+        node = add_node(self.graph, op, target, *nodes)
         self._length_guard(node, target if op == "call_method" else getattr(target, "__name__", ""), value)
         if self.recorder.values.drew:
             node.meta["random"] = self.level.random = True
@@ -252,7 +253,7 @@ class Frame:
         }
         if passed:
             nodes = self._with_passed((args, kwargs), passed)
-        node = self.graph.create_node("call_module", target, *nodes)
+        node = add_node(self.graph, "call_module", target, *nodes)
         self.level.children[node] = call
         if isinstance(call, Opaque) and call.on_data:
             if _nested(value):
@@ -287,7 +288,7 @@ class Frame:
         kept = was if isinstance(was, dict) else dict(enumerate(was))
         items = {
             key: mine[key] if key in kept and kept[key] is its[key]
-            else self.wrap(self.graph.call_function(operator.getitem, (node, key)), its[key])
+            else self.wrap(self._item(node, key), its[key])
             for key in keys
         }  # fmt: skip
         _refill(mine, items if isinstance(mine, dict) else items.values())
@@ -315,23 +316,23 @@ class Frame:
         if type(value) is torch.Size:
             return TracedSize(TracedItem(self, node, index, size) for index, size in enumerate(value))
         if isinstance(value, (list, tuple)):
-            items = [self.wrap(self.graph.call_function(operator.getitem, (node, i)), v) for i, v in enumerate(value)]
+            items = [self.wrap(self._item(node, i), v) for i, v in enumerate(value)]
             if hasattr(value, "_fields"):
                 return type(value)(*items)
             if type(value).__module__ == "torch.return_types":
                 return type(value)(items)
             return self._made(node, value, items) if isinstance(value, list) else tuple(items)
         if isinstance(value, dict):
-            named = {
-                key: self.wrap(self.graph.call_function(operator.getitem, (node, key)), item)
-                for key, item in value.items()
-            }
+            named = {key: self.wrap(self._item(node, key), item) for key, item in value.items()}
             return self._made(node, value, named if type(value) is dict else like_dict(type(value), named))
         if isinstance(value, (torch.Tensor, int, float)):
             return Traced(self, node, value)
         if value is None or isinstance(value, (str, torch.dtype, torch.device)):
             return value
         raise Untraceable(f"a value of type {type(value).__name__} travels between modules")
+
+    def _item(self, node: fx.Node, key: Any) -> fx.Node:
+        return add_node(self.graph, "call_function", operator.getitem, (node, key))
 
     def _made(self, node: fx.Node, value: Any, made: Any) -> Any:
         """Remember the lists and dicts among the arguments: the forward may change them for its caller."""
@@ -380,7 +381,8 @@ class Frame:
             # By hand: `Graph.get_attr` looks the attribute up and warns where it is not found.
             node = self.graph.create_node("get_attr", name)
             # A fake, since the forward may write to it.
-            node.meta["value"] = self.recorder.values.run(self.recorder.fake, (tensor,), {})
+            with torch._C.DisableTorchFunction():
+                node.meta["value"] = self.recorder.fake(tensor)
             self._attributes[name] = Traced(self, node, node.meta["value"])
         return self._attributes[name]
 

@@ -48,7 +48,7 @@ def _inferred(model: nn.Module) -> list[torch.Tensor]:
         )
     said, *area = size
     # A model made with `in_chans` keeps its old config; one that rearranges pixels first has another first layer.
-    counts = dict.fromkeys((_first_channels(model) or said, said))
+    counts = dict.fromkeys((_named_channels(model) or said, said, _first_channels(model) or said))
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     # Expanded from one number: it has the shape without the memory.
     number = torch.zeros((), dtype=weight.dtype, device=weight.device)
@@ -68,6 +68,16 @@ def _smp_size(model: nn.Module) -> tuple[int, ...] | None:
     if not type(model).__module__.startswith("segmentation_models_pytorch."):
         return None
     return (3, *_SMP_SIZE)
+
+
+def _named_channels(model: nn.Module) -> int | None:
+    """The channels that the layer takes which timm's config names as the first one."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    names = config.get("first_conv") if isinstance(config, dict) else None
+    name = names[0] if isinstance(names, (tuple, list)) and names else names
+    module = dict(model.named_modules()).get(name) if isinstance(name, str) else None
+    channels = getattr(module, "in_channels", None)
+    return channels if isinstance(channels, int) else None
 
 
 def _first_channels(model: nn.Module) -> int | None:

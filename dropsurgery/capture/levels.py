@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -100,6 +101,9 @@ class Component:
     output: Any
 
 
+_PLAIN = frozenset((torch.Tensor, FakeTensor, nn.Parameter, fx.Node, int, float, bool, str, type(None)))
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one operation: torch's own layers and every subclass of a weighted one."""
     if isinstance(module, _ATOMS):
@@ -111,6 +115,8 @@ def is_leaf(module: nn.Module) -> bool:
 def map_tree(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     """Apply a function to the leaves of nested tuples, lists, dicts (of any class) and slices."""
     kind = type(tree)
+    if kind in _PLAIN:  # most are: the questions below cost more
+        return leaf(tree)
     if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
         return tuple(map_tree(item, leaf) for item in tree)
     if kind in (list, immutable_list):

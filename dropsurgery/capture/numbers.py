@@ -54,7 +54,17 @@ def _made_up(tensor: torch.Tensor) -> torch.Tensor:
     made = torch.zeros(tuple(tensor.shape), dtype=tensor.dtype, device=device)
     if not made.is_floating_point():
         return made
-    return made.fill_(1.0) if made.ndim == 1 else made.normal_(0, 0.02 if made.ndim < 4 else 0.1)
+    if made.ndim == 1:
+        return made.fill_(1.0)
+    few = torch.empty(min(made.numel(), _DRAWN), dtype=made.dtype, device=device)
+    few.normal_(0, 0.02 if made.ndim < 4 else 0.1)
+    flat = made.view(-1)
+    for begin in range(0, flat.numel(), _DRAWN):  # the same ones again: to draw millions takes long
+        flat[begin : begin + _DRAWN] = few[: flat.numel() - begin]
+    return made
+
+
+_DRAWN = 1 << 16
 
 
 def has_data(tree: Any) -> bool:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from dropsurgery.capture.frame import Frame, placeholders
@@ -61,11 +60,13 @@ class Recorder(TorchFunctionMode):
         self.values = Values()
         self.frames: list[Frame] = []
         self._observed: list[_Observed] | None = None
-        self._paths = paths_of(self.root)
+        # By the originals: to ask a probe for its children is slow.
+        self._paths = {copies[module]: paths for module, paths in paths_of(root).items()}
         self.start = self.root.get_submodule(start)
         self.watches_draws = watches_draws
         self._refused: dict[str, str] = {}
-        self._collectors = {id(collector) for collector in collectors_of(self.root)}
+        collectors = collectors_of(self.root) if collectors_of(root) else []
+        self._collectors = {id(collector) for collector in collectors}
         packages = set(filter(_is_installed, {_package(type(module)) for module in copies} - {"torch"}))
         for probe in self.original:
             fields = probe.__dict__
@@ -99,8 +100,8 @@ class Recorder(TorchFunctionMode):
                 return item
             if known is not None and id(item) in known:
                 return known[id(item)]
-            if isinstance(item, FakeTensor) and item.fake_mode is not self.values:  # a spec of an earlier recording
-                made = self.values.like(item)
+            if torch._C._len_torch_dispatch_stack() == 0 and item.layout is torch.strided:
+                made = self.values.like(item, device=device)
             else:
                 with torch.no_grad(), self.values:
                     made = torch.empty_like(item, dtype=item.dtype, device=device or item.device)

@@ -18,6 +18,8 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
+from dropsurgery.graph import add_node
+
 if TYPE_CHECKING:
     from dropsurgery.capture.frame import Frame
 
@@ -188,7 +190,7 @@ class TracedItem(Traced):
     @property
     def _node(self) -> fx.Node:
         if self._made is None:
-            made = self._frame.graph.call_function(operator.getitem, (self._shape, self._index))
+            made = add_node(self._frame.graph, "call_function", operator.getitem, (self._shape, self._index))
             made.meta["value"] = self._value
             object.__setattr__(self, "_made", made)
         node: fx.Node = self._made

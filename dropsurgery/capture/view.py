@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from dropsurgery.capture.levels import Inputs, Leaf, Level, Opaque, map_tree
+from dropsurgery.graph import add_node
 from dropsurgery.records import TensorFact
 
 Call = Level | Opaque | Leaf
@@ -48,7 +49,6 @@ def flat_view(root: Call, inputs: Inputs = ((), {}), *, inline: Callable[[Level]
     """
     builder = _Builder(inline)
     builder.root(root, inputs)
-    builder.graph.lint()
     return FlatView(builder.graph, builder.levels, tuple(builder.opaque))
 
 
@@ -156,7 +156,7 @@ class _Builder:
         return made
 
     def _copy(self, node: fx.Node | None, op: str, target: Any, args: Any, kwargs: Any, owner: str) -> fx.Node:
-        made = self.graph.create_node(op, target, tuple(args), dict(kwargs))
+        made = add_node(self.graph, op, target, tuple(args), dict(kwargs))
         name = str(target) if isinstance(target, str) else getattr(target, "__name__", str(target))
         made.meta.update(owner=owner, path=name if op == "get_attr" else f"{owner}.{name}".lstrip("."), call=0)
         if node is not None:
