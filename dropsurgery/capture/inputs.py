@@ -40,19 +40,21 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> tuple[Inputs, ...]:
 
 
 def _inferred(model: nn.Module) -> list[torch.Tensor]:
-    size = _timm_size(model) or _smp_size(model)
-    if size is None:
+    size = _timm_size(model)
+    sizes = [size] if size else _smp_sizes(model)
+    if not sizes:
         raise CaptureError(
             f"{type(model).__name__} does not say what it takes: give example_inputs, for instance "
             "example_inputs=torch.empty(2, 3, 224, 224) (only shapes, dtypes and devices count)"
         )
-    said, *area = size
+    said, first = sizes[0][0], _first_channels(model)
     # A model made with `in_chans` keeps its old config; one that rearranges pixels first has another first layer.
-    counts = dict.fromkeys((_named_channels(model) or said, said, _first_channels(model) or said))
+    likely = _named_channels(model) or (said if size else first)
+    counts = dict.fromkeys((likely or said, said, first or said))
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     # Expanded from one number: it has the shape without the memory.
     number = torch.zeros((), dtype=weight.dtype, device=weight.device)
-    return [number.expand(_BATCH, channels, *area) for channels in counts]
+    return [number.expand(_BATCH, channels, *area) for _, *area in sizes for channels in counts]
 
 
 def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
@@ -64,10 +66,12 @@ def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
     return (channels, *area)
 
 
-def _smp_size(model: nn.Module) -> tuple[int, ...] | None:
+def _smp_sizes(model: nn.Module) -> list[tuple[int, ...]]:
+    """The usual size, and the one that its encoder says of itself: some take no other."""
     if not type(model).__module__.startswith("segmentation_models_pytorch."):
-        return None
-    return (3, *_SMP_SIZE)
+        return []
+    said = (size for module in model.modules() if (size := _timm_size(module)) is not None)
+    return list(dict.fromkeys(((3, *_SMP_SIZE), *said)))
 
 
 def _named_channels(model: nn.Module) -> int | None:
