@@ -37,11 +37,11 @@ class Case(NamedTuple):
     testing: tuple[Any, ...]
 
 
-def classifier(name: str, **options: Any) -> Callable[[], Case]:
-    """A timm net of ten classes."""
+def classifier(name: str, size: int = IMAGES[-1], **options: Any) -> Callable[[], Case]:
+    """A timm net of ten classes, on images of `size` x `size`."""
 
     def make() -> Case:
-        images = torch.randn(IMAGES)
+        images = torch.randn(*IMAGES[:2], size, size)
         return Case(timm.create_model(name, num_classes=10, **options), (images,), (images,))
 
     return make
@@ -119,7 +119,7 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "shake_shake_cells": [_NASNET],
     "shakedrop_resnet": [_RESNET],
     "spatial_dropout_resnet_g34": [_RESNET],
-    "standout_vgg": [_VGG],
+    "standout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],  # on less its head is no head
     "stochastic_depth_linear": [_RESNET, classifier("vit_tiny_patch16_224", **_VIT)],
     "stochastic_depth_row": [classifier("convnext_tiny", **_CONVNEXT)],
     "stochastic_pooling_vgg": [_VGG],

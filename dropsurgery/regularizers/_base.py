@@ -108,9 +108,13 @@ class Regularizer(nn.Module):
         self.site_id = site_id
 
     @property
-    def host(self) -> nn.Module:
-        """The layer whose forward it stands in for (kind "swap"): its weights, its options, its own forward."""
-        host: nn.Module | None = self.__dict__.get("_host")
+    def host(self) -> nn.Module | None:
+        """The layer whose forward it stands in for (kind "swap"); None for other kinds, and before `bind`."""
+        return self.__dict__.get("_host")
+
+    def bound(self) -> nn.Module:
+        """The host: its weights, its options, its own forward; a SurgeryError where there is none."""
+        host = self.host
         require(host is not None, type(self).__name__, "to be bound to a layer by `bind`", None)
         return host  # type: ignore[return-value]
 
@@ -121,7 +125,7 @@ class Regularizer(nn.Module):
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward: that of its class, and not the one that calls this stand-in."""
-        host = self.host
+        host = self.bound()
         cls: Any = getattr(type(host), "_own_class", type(host))
         return cls.forward(host, *args, **kwargs)
 

@@ -93,8 +93,8 @@ class DropConnect(Regularizer):
         if not self.active:
             own: Tensor = self.own(input)
             return own
-        weight: Tensor = self.host.weight  # type: ignore[assignment]
-        bias: Tensor | None = self.host.bias  # type: ignore[assignment]
+        weight: Tensor = self.bound().weight  # type: ignore[assignment]
+        bias: Tensor | None = self.bound().bias  # type: ignore[assignment]
         key = self.next_key()
         bias_key = self.next_key() if self.bias and bias is not None else None
         if self.scope == "sample":
@@ -102,7 +102,7 @@ class DropConnect(Regularizer):
         masked = {"weight": dropout(weight, self.p, key=key)}
         if self.bias and bias is not None:
             masked["bias"] = dropout(bias, self.p, key=bias_key)
-        y: Tensor = run_with(self.host, "_parameters", {**self.host._parameters, **masked}, input)
+        y: Tensor = run_with(self.bound(), "_parameters", {**self.bound()._parameters, **masked}, input)
         return y
 
     def expected_drop(self, shape: tuple[int, ...]) -> float:

@@ -80,7 +80,7 @@ class HintonDropout(Regularizer):
 
     def after_step(self) -> None:
         """Bound the norms of the layer's weights, where they are trained."""
-        weight: Tensor = self.host.weight  # type: ignore[assignment]
+        weight: Tensor = self.bound().weight  # type: ignore[assignment]
         if self.max_norm is not None and self._nonzero and weight.requires_grad:
             bound_norms_(weight, self.max_norm)
 

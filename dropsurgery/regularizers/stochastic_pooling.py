@@ -165,7 +165,7 @@ class StochasticPooling(Regularizer):
         return torch.where(chosen < self.p, picked, self.own(input))
 
     def _windows(self) -> tuple[Any, ...]:
-        host: Any = self.host
+        host: Any = self.bound()
         axes = next(axes for axes in (1, 2, 3) if isinstance(host, (_MAX[axes - 1], _AVERAGE[axes - 1])))
         dilation = getattr(host, "dilation", 1)
         sizes = (_each(size, axes) for size in (host.kernel_size, host.stride, host.padding, dilation))

@@ -65,7 +65,7 @@ class WeightDrop(Regularizer):
         """Return what the layer gives with recurrent weights dropped; its own forward's result when not active."""
         if not self.active:
             return self.own(input, hx)
-        host: nn.RNNBase = self.host  # type: ignore[assignment]
+        host: nn.RNNBase = self.bound()  # type: ignore[assignment]
         host._update_flat_weights()  # or forward does it, and puts the unmasked weights back
         names = zip(host._flat_weights_names, host._flat_weights, strict=True)
         masked = [self._masked(weight) if name.startswith("weight_hh") else weight for name, weight in names]
