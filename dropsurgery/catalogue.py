@@ -20,6 +20,16 @@ from dropsurgery.errors import SurgeryError
 
 Kind = Literal["regularizers", "patterns"]
 
+NO_REGULARIZERS: dict[str, str] = {
+    "maxout": "Maxout (Goodfellow et al. 2013, arXiv:1302.4389) is an architecture: it multiplies a layer's parameters "
+    "and takes the place of its activation, so no surgery on a trained net gives it",
+    "region_dropout": "region dropout (Zhang, Yang, Feng, ML-LocNet, ECCV 2018) is not determined by its source as a "
+    "layer, but as a part of a training in two phases; adl hides regions, and grid_dropout cells of the input",
+    "label_smoothing": "label smoothing (Szegedy et al. 2016, arXiv:1512.00567) is a loss and needs the labels: "
+    "torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)",
+}
+"""What is asked for as a regularizer and is none: why, and what to do."""
+
 _registered: dict[Kind, dict[str, Any]] = {"regularizers": {}, "patterns": {}}
 
 
@@ -53,6 +63,8 @@ def load(kind: Kind, name: str) -> Any:
         return _object(kind, name)
     if name in (plugins := _plugins(kind)):
         return plugins[name].load()
+    if kind == "regularizers" and name in NO_REGULARIZERS:
+        raise SurgeryError(f"no regularizer {name!r}: {NO_REGULARIZERS[name]}")
     known = names(kind)
     near = difflib.get_close_matches(str(name), known, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(known)}"

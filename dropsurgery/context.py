@@ -2,7 +2,8 @@
 
 With a seed, the numbers of a draw depend on seed, site, step and how many forwards the site has had in this
 step, and on nothing else: sites are independent of each other and of whatever else draws numbers. Without
-one, it is torch's global generator, as for any layer.
+one, it is torch's global generator, as for any layer. What all sites have to agree on in a forward, such as which
+column of a net it goes through, comes from a key that they share.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dropsurgery.errors import SurgeryError
 
 _CPU = torch.device("cpu")
 _MARKS = 1 << 62
+_KEPT = 1 << 17  # keys of forwards that may be run again; more than this only where no step ends
 _handles = itertools.count()
 _contexts: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictionary()
 
@@ -33,6 +35,7 @@ class Context:
         self._step = 0
         self._forwards: dict[str, int] = {}
         self._keys: dict[tuple[str, int], int] = {}
+        self._shared: dict[tuple[str, int], int] = {}
         self._register()
 
     @property
@@ -45,29 +48,44 @@ class Context:
         self._step = step
         self._forwards.clear()
         self._keys.clear()
+        self._shared.clear()
 
     def key(self, site_id: str) -> Tensor | None:
         """Return the key of the next draw at `site_id`, a 0-dim int64 CPU tensor; None without a seed."""
-        if self.seed is None:
-            return None
+        return None if self.seed is None else self._ask(site_id, "")
+
+    def shared_key(self, site_id: str, name: str) -> Tensor:
+        """Return a key that all sites which ask for this `name` get alike in one forward, with and without a seed.
+
+        The n-th forward of one site in a step is taken to be the n-th of every other one too.
+        """
+        return self._ask(site_id, name)
+
+    def _ask(self, site_id: str, shared: str) -> Tensor:
         # Activation checkpointing runs a forward again inside backward, and must meet the same numbers. It
         # puts torch's global generator back to where it was, so that a number drawn from there tells which
         # forward is repeated; where it does not (preserve_rng_state=False), the last one is taken to be.
         # Drawn out here, it also keeps compilers from merging two calls of one site into one.
         mark = torch.randint(_MARKS, (), device=_CPU)
-        key: Tensor = torch.ops.dropsurgery.key(self._handle, site_id, mark)
+        key: Tensor = torch.ops.dropsurgery.key(self._handle, site_id, shared, mark)
         return key
 
-    def _next(self, site_id: str, mark: int) -> int:
+    def _next(self, site_id: str, shared: str, mark: int) -> int:
         repeated = torch._C._current_graph_task_id() != -1
-        if repeated and (site_id, mark) in self._keys:
-            return self._keys[site_id, mark]
-        index = max(0, self._forwards.get(site_id, 0) - repeated)
-        self._forwards[site_id] = index + 1
-        name = f"{self.seed}|{self._step}|{index}|{site_id}"
-        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "little")
-        self._keys[site_id, mark] = key
+        asker = f"{shared}|{site_id}" if shared else site_id
+        if repeated and (asker, mark) in self._keys:
+            return self._keys[asker, mark]
+        index = max(0, self._forwards.get(asker, 0) - repeated)
+        self._forwards[asker] = index + 1
+        key = self._made(site_id, shared, index, mark)
+        _remember(self._keys, (asker, mark), key)
         return key
+
+    def _made(self, site_id: str, shared: str, index: int, mark: int) -> int:
+        if self.seed is None:  # the first site of a forward decides, for all that come after it
+            return _remember(self._shared, (shared, index), self._shared.get((shared, index), mark))
+        name = f"{self.seed}|{self._step}|{index}|" + (f"shared|{shared}" if shared else site_id)
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "little")
 
     def _register(self) -> None:
         self._handle = next(_handles)
@@ -79,6 +97,7 @@ class Context:
             "_step": self._step,
             "_forwards": dict(self._forwards),
             "_keys": dict(self._keys),
+            "_shared": dict(self._shared),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -86,12 +105,20 @@ class Context:
         self._register()
 
 
+def _remember(table: dict[tuple[str, int], int], entry: tuple[str, int], key: int) -> int:
+    """Write a key down, and forget the oldest where there are too many."""
+    table[entry] = key
+    if len(table) > _KEPT:
+        del table[next(iter(table))]
+    return key
+
+
 # An operator, so that a compiled model can ask for keys; by handle, so that no step changes its graph.
 @torch.library.custom_op("dropsurgery::key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _key(handle: int, site_id: str, mark: Tensor) -> Tensor:
-    return torch.tensor(_contexts[handle]._next(site_id, int(mark)), device=_CPU)
+def _key(handle: int, site_id: str, shared: str, mark: Tensor) -> Tensor:
+    return torch.tensor(_contexts[handle]._next(site_id, shared, int(mark)), device=_CPU)
 
 
 @_key.register_fake
-def _(handle: int, site_id: str, mark: Tensor) -> Tensor:
+def _(handle: int, site_id: str, shared: str, mark: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=_CPU)

@@ -29,7 +29,7 @@ from torch import fx, nn
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.forwards import OWN, SLOTS, Owner
-from dropsurgery.graph import erase
+from dropsurgery.graph import undo
 from dropsurgery.planning import Plan
 from dropsurgery.records import Edit
 from dropsurgery.trees import own_class
@@ -187,7 +187,7 @@ def _owner_diff(path: str, module: nn.Module, slots: Mapping[str, Edit]) -> Owne
     graph: fx.Graph = module.graph  # type: ignore[assignment]
     before = copy.deepcopy(graph)
     for node in [node for node in before.nodes if node.target in slots]:
-        erase(node)
+        undo(node)
     names = _names(graph, called)
     texts = [(node, _written(node, names, called)) for node in graph.nodes]
     calls = {str(node.target): text for node, text in texts if node.target in slots}

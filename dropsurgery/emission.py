@@ -242,6 +242,8 @@ def emit_owner(module: nn.Module, edits: dict[LocalEdit, nn.Module], levels: lis
     slots = Slots()
     for edit, regularizer in edits.items():
         slots.add_module(edit.slot, regularizer)
+        if edit.kind == "swap":
+            regularizer.bind(module)  # type: ignore[operator]
     slots.train(module.training)
     if isinstance(module, _CONTAINERS):
         module.__dict__[SLOTS] = slots

@@ -65,12 +65,13 @@ def flatten(gm: nn.Module) -> fx.GraphModule:
 
 
 def _levels(call: Level | Opaque | Leaf) -> Iterator[Level]:
-    """All levels of a recorded call; a leaf that owns an edit becomes one."""
+    """All levels of a recorded call; a leaf that owns an edit becomes one, unless that stands in for it."""
     if not isinstance(call, Level):
         return
     yield call
     for node, child in call.children.items():
-        if isinstance(child, Leaf) and child.module.__dict__.get("_owner") is not None:
+        owner: Owner | None = child.module.__dict__.get("_owner")
+        if isinstance(child, Leaf) and owner is not None and all(edit.kind != "swap" for edit in owner.edits):
             call.children[node] = child = leaf_level(child.module, ((), {}), child.path)
         yield from _levels(child)
 

@@ -24,7 +24,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dropsurgery.capture import Inputs, Leaf, Level, record
 from dropsurgery.capture.levels import map_tree
 from dropsurgery.errors import CaptureError, SurgeryError
-from dropsurgery.graph import LocalName, build_result, carve, insert_after, insert_on, local_names, write_back
+from dropsurgery.graph import (
+    LocalName,
+    build_result,
+    carve,
+    combine,
+    insert_after,
+    insert_on,
+    local_names,
+    swap,
+    write_back,
+)
 from dropsurgery.trees import attribute_at, own_class
 
 SLOTS = "_surgery"
@@ -36,12 +46,17 @@ _NO_DATA = FakeTensorMode(allow_non_fake_inputs=True)
 
 @dataclass(frozen=True)
 class LocalEdit:
-    """An edit within its owner: on the output of a node, or (with `operand`) on one of its arguments."""
+    """An edit within its owner: on the output of a node, or (with `operand`) on one of its arguments.
+
+    `kind`: the regularizer comes after the node ("insert"), or takes its place, be it a sum ("combine") or the call of
+    a layer's own forward ("swap").
+    """
 
     name: LocalName
     operand: int | tuple[int, int] | None
     slot: str
     site_id: str
+    kind: str = "insert"
 
 
 @dataclass(frozen=True)
@@ -214,25 +229,32 @@ def apply_edits(graph: fx.Graph, edits: tuple[LocalEdit, ...], module: nn.Module
     # Operands first: an edit on an output must see the users that they leave. Of several on one output the last
     # comes first, since each is put right behind the node.
     on_operands = [edit for edit in edits if edit.operand is not None]
-    on_outputs = [edit for edit in reversed(edits) if edit.operand is None]
-    for edit in (*on_operands, *on_outputs):
+    on_outputs = [edit for edit in reversed(edits) if edit.operand is None and edit.kind == "insert"]
+    in_place_of = [edit for edit in edits if edit.kind != "insert"]
+    for edit in (*on_operands, *on_outputs, *in_place_of):
         node = names.get(edit.name)
         target = f"{SLOTS}.{edit.slot}"
         if node is None:
             missing.append(edit)
+        elif edit.kind == "swap":
+            swap(node, target)
+        elif edit.kind == "combine":
+            region = node.meta.get("region")
+            _in_region(combine(node, target, module_of=module.get_submodule), region)
         elif edit.operand is None:
             made = insert_after(node, target, module_of=module.get_submodule)
-            _same_region(node, made)
+            _in_region(made, node.meta.get("region"))
         else:
-            _same_region(node, insert_on(node, edit.operand, target, module_of=module.get_submodule))
+            made = insert_on(node, edit.operand, target, module_of=module.get_submodule)
+            _in_region(made, node.meta.get("region"))
     return tuple(missing)
 
 
-def _same_region(node: fx.Node, made: fx.Node) -> None:
-    if "region" in node.meta:
-        made.meta["region"] = node.meta["region"]
+def _in_region(made: fx.Node, region: int | None) -> None:
+    if region is not None:
+        made.meta["region"] = region
         if made.target is write_back:
-            _same_region(node, made.all_input_nodes[1])
+            _in_region(made.all_input_nodes[1], region)
 
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:

@@ -1,7 +1,9 @@
-"""The only place that changes an fx graph: insert after a node, insert on one edge, carve out a region.
+"""The only place that changes an fx graph: insert after a node, on one edge, put a call in place of a node, carve.
 
 y = f(x); g(y); h(y)      insert_after(f)       y = f(x); z = new(y); g(z); h(z)
 y = f(x); g(y); h(y)      insert_on(g, 0)       y = f(x); z = new(y); g(z); h(y)
+z = x + y; g(z)           combine(add)          z = new(x, y); g(z)
+y = f(x); g(y)            swap(f)               y = new(x); g(y)
 """
 
 from __future__ import annotations
@@ -83,6 +85,29 @@ def insert_on(
     return made
 
 
+def combine(node: fx.Node, target: str, *, module_of: Callable[[str], nn.Module]) -> fx.Node:
+    """Call a module on the operands of a sum, in place of it.
+
+    Where the sum works in place, the result is written to the tensor that others hold.
+    """
+    operands = node.args[:2]
+    with node.graph.inserting_before(node):
+        made = call = node.graph.call_module(target, operands)
+        call.meta["instead_of"] = (node.op, node.target)
+        if works_in_place(node, module_of):
+            made = node.graph.call_function(write_back, (operands[0], call))
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    return made
+
+
+def swap(node: fx.Node, target: str) -> fx.Node:
+    """Call another module on what a module is called with."""
+    node.meta["instead_of"] = (node.op, node.target)
+    node.target = target
+    return node
+
+
 def write_back(tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
     """Give a tensor the numbers of another one, for all who hold it: the next operation works on it in place."""
     return tensor if changed is tensor else tensor.copy_(changed)
@@ -106,10 +131,18 @@ def build_result(graph: fx.Graph) -> None:
         output.args = (made(output.args[0]),)
 
 
-def erase(node: fx.Node) -> None:
-    """Undo an insertion: the users of a call on one value take that value itself."""
-    node.replace_all_uses_with(node.all_input_nodes[0])
-    node.graph.erase_node(node)
+def undo(node: fx.Node) -> None:
+    """Undo an edit: what stood in the place of its call stands there again, or nothing."""
+    before = node.meta.pop("instead_of", None)
+    if before is not None:
+        node.op, node.target = before
+    writes = [user for user in node.users if user.target is write_back]
+    for write in writes:
+        write.replace_all_uses_with(node)
+        node.graph.erase_node(write)
+    if before is None:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        node.graph.erase_node(node)
 
 
 def _aliases(node: fx.Node, module_of: Callable[[str], nn.Module]) -> list[fx.Node]:

@@ -45,6 +45,7 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
     ((nn.LPPool1d, nn.LPPool2d, nn.LPPool3d), ("pool", "lp_pool")),
     ((nn.Upsample, nn.PixelShuffle), ("upsample",)),
     ((nn.Sigmoid, nn.Hardsigmoid), ("activation", "sigmoid")),
+    ((nn.ReLU, nn.ReLU6), ("activation", "relu")),
     ((nn.GLU,), ("glu",)),
     ((nn.Softmax, nn.Softmax2d), ("softmax",)),
     ((nn.MultiheadAttention,), ("attention",)),
@@ -85,10 +86,9 @@ _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
     ),
     ("layout", "permute"): ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"),
     ("activation", "sigmoid"): ("sigmoid", "hardsigmoid"),
+    ("activation", "relu"): ("relu", "relu6"),
     ("activation",): (
         *(
-            "relu",
-            "relu6",
             "leaky_relu",
             "rrelu",
             "prelu",

@@ -31,6 +31,7 @@ __all__ = [
     "After",
     "Found",
     "Into",
+    "Layer",
     "Match",
     "Miss",
     "Op",
@@ -134,7 +135,7 @@ class Pattern:
                 raise SurgeryError(f"pattern {self.name!r}: expected distinct names of operations, got {names}")
         known = {op.name for form in self.forms for op in form}
         for edge, rule in self.edges.items():
-            if isinstance(rule, (After, Into)) and rule.name not in known:
+            if isinstance(rule, (After, Into, Layer)) and rule.name not in known:
                 raise SurgeryError(
                     f"pattern {self.name!r}: edge {edge!r} is at an operation {rule.name!r} that no form has"
                 )
@@ -243,8 +244,12 @@ class After:
     def __call__(self, match: Match) -> tuple[Edge, ...] | Miss:
         if self.name in match.nodes:
             return (Edge(match.nodes[self.name]),)
-        leaf = next(node for node in match.nodes.values() if kind_of(node) == "norm_act")
-        return Miss(f"{called(leaf)} is one layer, nothing between norm and activation can be reached", leaf)
+        return _inside(match)
+
+
+def _inside(match: Match) -> Miss:
+    leaf = next(node for node in match.nodes.values() if kind_of(node) == "norm_act")
+    return Miss(f"{called(leaf)} is one layer, nothing between norm and activation can be reached", leaf)
 
 
 @dataclass(frozen=True)
@@ -262,6 +267,21 @@ class Into:
         if isinstance(given, fx.Node):
             return (Edge(node, self.operand),)
         return Miss(f"{called(node)} takes its input by keyword, only positions can be reached", node)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The layer itself, to be swapped; a Miss where the operation is no call of a layer (`F.max_pool2d`)."""
+
+    name: str
+
+    def __call__(self, match: Match) -> tuple[Edge, ...] | Miss:
+        if self.name not in match.nodes:
+            return _inside(match)
+        node = match.nodes[self.name]
+        if "module" not in node.meta:
+            return Miss(f"{called(node)} is a function, and no layer that can be swapped", node)
+        return (Edge(node),)
 
 
 def chain(name: str, kinds: Sequence[str]) -> Pattern:

@@ -23,7 +23,7 @@ from dropsurgery import catalogue
 from dropsurgery.capture import Captured
 from dropsurgery.errors import PlanError, SurgeryError, SurgeryWarning
 from dropsurgery.graph import works_in_place
-from dropsurgery.kinds import kinds_of
+from dropsurgery.kinds import data_inputs, kind_of, kinds_of, tensor_inputs
 from dropsurgery.matching import Found, Match, Pattern, chain, find
 from dropsurgery.recipe import Entry, Recipe
 from dropsurgery.records import Edge, Edit, Site, TensorFact
@@ -32,6 +32,7 @@ from dropsurgery.schedules import Schedule, check_count
 ADOPT = "adopt"
 # Under which name stochastic layers keep their rate, the usual ones first.
 _RATE_NAMES = ("p", "drop_prob", "drop_rate", "prob")
+_KINDS = ("insert", "combine", "swap")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,14 @@ class Plan:
         lines = [line.rstrip() for line in captured.get().splitlines()]
         counts = ", ".join(f"{name}: {count}" for name, count in self.hits.items())
         end = f"{len(self.edits)} edits on {self.model} by {self.recipe.name} ({counts})"
-        return "\n".join([*lines, "", end, *self.notes])
+        rules = [f"in eval: {rule} at {count} sites" for rule, count in self.eval_rules().items()]
+        return "\n".join([*lines, "", end, *rules, *self.notes])
+
+    def eval_rules(self) -> Counter[str]:
+        """What regularizers do in eval mode, in words, where that is anything, and at how many sites."""
+        planned = [edit for edit in self.edits if edit.kind != ADOPT]
+        made = (catalogue.load("regularizers", edit.regularizer)(**edit.arguments) for edit in planned)
+        return Counter(regularizer.eval_rule for regularizer in made if regularizer.eval_rule != "identity")
 
     def detached(self) -> Plan:
         """The same plan without the graph that its sites point into: what an emitted model carries."""
@@ -134,6 +142,8 @@ def _is_thrown_away(node: fx.Node) -> bool:
 def site_at(at: Edge, pattern: str, edge: str) -> Site:
     """A site with its facts: those of the value that travels there, and the place of the node that it belongs to."""
     node, source = at.node, at.source
+    if is_layer(edge):  # what a layer takes is what its stand-in will take
+        source = data_inputs(node)[0]
     meta, value = node.meta, source.meta.get("value")
     return Site(
         id=f"{meta['path']}#{meta['call']}:{pattern}.{edge}",
@@ -152,8 +162,21 @@ def site_at(at: Edge, pattern: str, edge: str) -> Site:
         # Nothing lies before the net's input: what counts is whom it goes to.
         trainable=(node if source.op == "placeholder" else source).meta["trainable"],
         owner=meta["owner"],
+        producer=_producer(source),
         at=at,
     )
+
+
+def is_layer(edge: str) -> bool:
+    """Whether an edge of that name is none: the layer itself, for regularizers that stand in for its forward."""
+    return edge == "module" or edge.endswith("_module")
+
+
+def _producer(source: fx.Node) -> tuple[str, ...]:
+    """The kinds of the operation that a value comes from, identities walked through."""
+    while "identity" in kinds_of(source) and data_inputs(source):
+        source = data_inputs(source)[0]
+    return kinds_of(source)
 
 
 def _flow(at: Edge) -> str | None:
@@ -198,6 +221,7 @@ class _Planner:
         declared = {name: chain(name, kinds) for name, kinds in recipe.patterns.items()}
         self.sites = Sites(captured, declared)
         self.placed: dict[Any, list[Edit]] = {}
+        self.called: Counter[str] = Counter()
         self.notes: list[str] = []
         self.misses: dict[str, tuple[str, ...]] = {}
         self.problems: list[str] = []
@@ -206,6 +230,7 @@ class _Planner:
         for index, entry in enumerate(self.recipe.entries):
             self._entry(entry, f"entries[{index}] '{entry.name}'")
         edits = [edit for edits in self.placed.values() for edit in edits]
+        self.problems += _shared_layers(self.sites.graph, edits)
         hits = Counter(edit.entry for edit in edits)
         counts = {entry.name: hits[entry.name] for entry in self.recipe.entries}
         for index, entry in enumerate(self.recipe.entries):
@@ -245,14 +270,16 @@ class _Planner:
 
     def _chosen(self, entry: Entry, candidates: list[Site]) -> list[tuple[Site, float]]:
         """The sites that `where` leaves, each with its share of the rate by the entry's depth rule."""
-        shares = _depth_shares(entry.depth_rule, candidates)
+        shares = [1.0] * len(candidates) if entry.depth_rule == "cells" else _depth_shares(entry.depth_rule, candidates)
         refused = {_key(site.at) for name in entry.where.not_on or () for site in self._named(name)}
         left = [
             (site, share)
             for site, share in zip(candidates, shares, strict=True)
             if entry.where.matches_facts(site) and _key(site.at) not in refused
         ]
-        return list(entry.where.pick(left))
+        chosen = list(entry.where.pick(left))
+        # The others may well be in no block: what joins the cells, or the head.
+        return [(site, _cell_share(site)) for site, _ in chosen] if entry.depth_rule == "cells" else chosen
 
     def _named(self, name: str) -> list[Site]:
         pattern, _, edge = name.rpartition(".")
@@ -266,8 +293,7 @@ class _Planner:
             p = _scaled(site, name, float(entry.arguments.get("p", getattr(module, name))), factor)
             return Edit(site, ADOPT, type(module).__name__, p, schedule, entry.name, {name: p})
         cls = catalogue.load("regularizers", entry.insert)
-        if cls.kind != "insert":
-            raise PlanError(f"{entry.insert} is a {cls.kind} regularizer; this version carries out 'insert' only")
+        _check_kind(cls.kind, entry, site)
         arguments = dict(entry.arguments)
         for name, value in rates_of(cls, arguments).items():
             arguments[name] = _scaled(site, name, value, factor)
@@ -277,7 +303,9 @@ class _Planner:
     def _place(self, entry: Entry, edit: Edit) -> None:
         """Put an edit on its edge: alone, merged with an equal one, or stacked."""
         # An adopted layer stays where it is and takes no edge: layers in a row do not meet.
-        key = (ADOPT, edit.site.module) if edit.kind == ADOPT else _key(edit.site.at)
+        key = (edit.kind, edit.site.module) if edit.kind in (ADOPT, "swap") else _key(edit.site.at)
+        if edit.kind == "combine":  # what stands in for a sum leaves the edge behind it free
+            key = (edit.kind, key)
         there = self.placed.setdefault(key, [])
         for index, other in enumerate(there):
             if (other.regularizer, other.arguments, other.schedule) == (
@@ -294,11 +322,16 @@ class _Planner:
                 f"{edit.site.id}: {edit.regularizer}{edit.arguments} meets {other.regularizer}{other.arguments} of "
                 f"'{other.entry}' on one edge; leave one out, or say `stack: true` in the later entry to have both"
             )
-        if there:  # the same place in the graph, so that edits run in the order of their entries
-            first = there[0].site
-            same = sum(other.site.id.partition("+")[0] == edit.site.id for other in there)
-            name = f"{edit.site.id}+{same}" if same else edit.site.id
-            edit = replace(edit, site=replace(edit.site, id=name, at=first.at, owner=first.owner))
+        if there and edit.kind in ("combine", "swap"):
+            raise PlanError(f"{edit.site.id}: {there[-1].regularizer} stands there already, and two cannot")
+        site = edit.site
+        if there and there[0].site.at is not site.at:  # the same place in the graph: they run in the entries' order
+            site = replace(site, at=there[0].site.at, owner=there[0].site.owner)
+        same = self.called[site.id]
+        self.called[site.id] += 1
+        if same:
+            site = replace(site, id=f"{site.id}+{same}")
+        edit = replace(edit, site=site)
         there.append(edit)
 
     def _expected(self, entry: Entry, where: str, count: int) -> None:
@@ -324,6 +357,38 @@ class _Planner:
         else:
             for miss in self.sites.found(entry.pattern).nearest():
                 yield f"{miss.node.meta.get('path', 'the output')}: {miss.reason}"
+
+
+def _check_kind(kind: str, entry: Entry, site: Site) -> None:
+    """Refuse a regularizer on an edge where its kind of surgery is none."""
+    edge = f"{site.pattern}.{site.edge}"
+    if kind not in _KINDS:
+        raise PlanError(f"{entry.insert} is a {kind!r} regularizer; expected one of {', '.join(_KINDS)}")
+    if (kind == "swap") != is_layer(site.edge):
+        layer, tensor = "an edge named 'module' or '…_module' (the layer itself)", "an edge that a tensor travels on"
+        wanted = layer if kind == "swap" else tensor
+        raise PlanError(f"{site.id}: {entry.insert} ({kind}) needs {wanted}, got {edge}")
+    if kind == "combine" and not (site.at and site.at.operand is None and _is_plain_sum(site.at.node)):
+        raise PlanError(f"{site.id}: {entry.insert} stands in for a sum of two tensors, and {edge} is none")
+
+
+def _shared_layers(graph: fx.Graph, edits: Sequence[Edit]) -> Iterator[str]:
+    """What would act where it was not asked for: a stand-in for a layer that is called elsewhere too."""
+    swaps = [edit for edit in edits if edit.kind == "swap"]
+    calls = Counter(node.meta.get("module") for node in graph.nodes) if swaps else Counter()
+    for edit in swaps:
+        count = calls[edit.site.at.node.meta["module"]] if edit.site.at else 0
+        sites = 1 + len(edit.merged)
+        if count > sites:
+            yield (
+                f"{edit.site.id}: '{edit.site.module}' is called {count} times, of which {sites} are sites; "
+                f"{edit.regularizer} would act in all of them. Leave it out (`where: {{exclude: …}}`)"
+            )
+
+
+def _is_plain_sum(node: fx.Node) -> bool:
+    """Whether a node adds two tensors and does nothing else."""
+    return kind_of(node) == "add" and len(node.args) == 2 and not node.kwargs and len(tensor_inputs(node)) == 2
 
 
 def rates_of(cls: Any, arguments: dict[str, Any]) -> dict[str, float]:
@@ -355,8 +420,6 @@ def _depth_shares(rule: str, sites: Sequence[Site]) -> list[float]:
             shares.append((place + 1) / count)
         elif rule == "linear0":
             shares.append(place / (count - 1) if count > 1 else 1.0)
-        elif rule == "cells":
-            shares.append(_cell_share(site))
         else:
             shares.append(1.0)
     return shares

@@ -42,6 +42,7 @@ class Site:
 
     `id` is `path[#call]:pattern.edge`, stable over captures of the same model: the key of seeds, state and
     lock files. `shape` is that of the example input; `channel_axis` counts as in it (NCHW: 1, tokens and NHWC: -1).
+    `producer` are the kinds of the operation that the value comes from ("activation", "relu"; "norm", "batch_norm").
     """
 
     id: str
@@ -59,6 +60,7 @@ class Site:
     channel_axis: int | None = None
     trainable: bool = True
     owner: str = ""
+    producer: tuple[str, ...] = ()
     at: Edge | None = field(default=None, compare=False, repr=False)
 
 

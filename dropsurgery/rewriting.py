@@ -5,8 +5,9 @@ model ── copy of all shells, same tensors ──▶ tree ── generated fo
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dropsurgery.capture import Captured, Inputs, Level, record
 from dropsurgery.capture.levels import is_leaf, map_tree
 from dropsurgery.emission import OWN_GRAPH, drop_own_hooks, emit_owner, emit_root, empty, own_fields
-from dropsurgery.errors import CaptureError, SurgeryError
+from dropsurgery.errors import CaptureError, SurgeryError, SurgeryWarning
 from dropsurgery.forwards import OWN, SLOTS, LocalEdit, leaf_level, lost
 from dropsurgery.graph import local_name, local_names
 from dropsurgery.records import Edge, Edit
@@ -43,7 +44,7 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     calls = Counter(node.meta["module"] for node in captured.view.graph.nodes if "module" in node.meta)
     by_owner: dict[str, dict[LocalEdit, Edit]] = defaultdict(dict)
     for edit in edits:
-        if edit.kind == "insert":
+        if edit.kind != "adopt":
             path, local = _home(model, calls, edit)
             by_owner[path][replace(local, slot=f"s{len(by_owner[path])}")] = edit
     _check_training(
@@ -54,7 +55,9 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     copies = copy_tree(model, lambda module: empty(type(module)) if module in generated else bare(module))
     for module, path in owners.items():
         regularizers = {local: build(edit) for local, edit in by_owner[path].items()}
-        levels = captured.view.levels.get(path) or [leaf_level(module, _inputs_of(captured, module))]
+        levels = captured.view.levels.get(path) or [
+            leaf_level(module, inputs) for inputs in _inputs_of(captured, module)
+        ]
         emit_owner(copies[module], regularizers, levels)
     for edit in edits:
         if edit.kind == "adopt":
@@ -98,8 +101,10 @@ def _home(model: nn.Module, calls: Counter[nn.Module], edit: Edit) -> tuple[str,
     at = edit.site.at
     if at is None:
         raise SurgeryError(f"{edit.site.id}: this site was read from a file; plan again on the model to rewrite it")
+    if edit.kind == "swap":
+        return _swapped(model, edit, at.node)
     owner = model.get_submodule(edit.site.owner)
-    if owner is model or type(owner).forward is nn.Sequential.forward:
+    if edit.kind == "insert" and (owner is model or type(owner).forward is nn.Sequential.forward):
         leaf = _leaf_at(at, calls)
         if leaf is not None:
             return leaf[0], LocalEdit(OWN, leaf[1], "", edit.site.id)
@@ -109,7 +114,18 @@ def _home(model: nn.Module, calls: Counter[nn.Module], edit: Edit) -> tuple[str,
             "that is set on the instance: leave this site out (`where: {exclude: …}`), or subclass the module"
         )
     node: fx.Node = at.node.meta["level_node"]
-    return edit.site.owner, LocalEdit(local_name(node), at.operand, "", edit.site.id)
+    return edit.site.owner, LocalEdit(local_name(node), at.operand, "", edit.site.id, edit.kind)
+
+
+def _swapped(model: nn.Module, edit: Edit, node: fx.Node) -> tuple[str, LocalEdit]:
+    """The layer itself carries a swap out, wherever it is called."""
+    layer = model.get_submodule(edit.site.module)
+    if node.meta.get("opaque") or not is_leaf(layer) or "forward" in layer.__dict__:
+        raise SurgeryError(
+            f"{edit.site.id}: expected one layer that runs its class's forward, got {type(layer).__name__}; "
+            "leave this site out (`where: {exclude: …}`)"
+        )
+    return edit.site.module, LocalEdit(OWN, None, "", edit.site.id, "swap")
 
 
 def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | None:
@@ -131,13 +147,13 @@ def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | No
     return node.meta["path"], 0 if operand == 0 else None
 
 
-def _inputs_of(captured: Captured, module: nn.Module) -> Inputs:
-    """What a leaf is called with on the example."""
-    (node,) = (node for node in captured.view.graph.nodes if node.meta.get("module") is module)
-    level_node: fx.Node = node.meta["level_node"]
-    call = (level_node.args, level_node.kwargs)
-    args, kwargs = map_tree(call, lambda item: item.meta["value"] if isinstance(item, fx.Node) else item)
-    return args, kwargs
+def _inputs_of(captured: Captured, module: nn.Module) -> Iterator[Inputs]:
+    """What a leaf is called with on the example, call by call."""
+    for node in captured.view.graph.nodes:
+        if node.meta.get("module") is module:
+            level_node: fx.Node = node.meta["level_node"]
+            call = (level_node.args, level_node.kwargs)
+            yield map_tree(call, lambda item: item.meta["value"] if isinstance(item, fx.Node) else item)
 
 
 def strip(gm: nn.Module) -> nn.Module:
@@ -145,11 +161,14 @@ def strip(gm: nn.Module) -> nn.Module:
 
     The result shares its parameters and buffers with `gm`, which stays as it is and goes on working.
 
+    Where a regularizer does something in eval too, or has learned something, a SurgeryWarning says that this is lost.
+
     Raises:
         SurgeryError: the module was not made by `apply_recipe`.
     """
     if "surgery" not in getattr(gm, "__dict__", {}):
         raise SurgeryError(f"strip: expected a model made by apply_recipe, got {type(gm).__name__}")
+    _tell_what_is_lost(gm)
     copies = copy_tree(gm, bare)
     for module, plain in copies.items():
         fields: dict[str, Any] = plain.__dict__
@@ -160,3 +179,18 @@ def strip(gm: nn.Module) -> nn.Module:
         fields.update(fields.pop(ADOPTED, {}))
         drop_own_hooks(plain)
     return copies[gm]
+
+
+def _tell_what_is_lost(gm: nn.Module) -> None:
+    """Warn of what regularizers do in eval: a stripped model does not."""
+    surgery: Any = gm.surgery
+    rules = Counter(getattr(regularizer, "eval_rule", "identity") for regularizer in surgery.regularizers.values())
+    del rules["identity"]
+    if rules:
+        done = "; ".join(f"{rule} ({count} sites)" for rule, count in rules.items())
+        warnings.warn(
+            f"strip: in eval this {type(gm).__name__} also computes: {done}. The stripped model does not, and its "
+            "outputs will differ",
+            SurgeryWarning,
+            stacklevel=3,
+        )

@@ -37,6 +37,9 @@ class HasRates(Protocol):
     def set_rate(self, name: str, value: float) -> None:
         """Write the rate called `name`."""
 
+    def after_step(self) -> None:
+        """The optimizer has updated the weights."""
+
 
 @dataclass(frozen=True, eq=False)
 class Slot:
@@ -118,7 +121,7 @@ class Scheduler:
                 "no step may count twice; drop the call, or write `clock: manual` to move it by hand alone"
             )
         self.clock = "manual"
-        self._move_to(self.current_step + 1)
+        self._advance()
 
     def attach(self, optimizer: Optimizer) -> None:
         """Let the steps of this optimizer, and of no other one, move the clock."""
@@ -147,7 +150,7 @@ class Scheduler:
         if not (module.training and _is_training_pass()):
             return
         if self._forward_begun:
-            self._move_to(self.current_step + 1)
+            self._advance()
         self._forward_begun = True
 
     def notice_forward(self) -> None:
@@ -244,6 +247,12 @@ class Scheduler:
         if not _hooks:
             _hooks.append(register_optimizer_step_post_hook(_after_optimizer_step))
 
+    def _advance(self) -> None:
+        """One more step is done: the rates of the next one, and what constrains the weights that were updated."""
+        self._move_to(self.current_step + 1)
+        for slot in self.slots:
+            slot.regularizer.after_step()
+
     def _move_to(self, step: int) -> None:
         self.current_step = step
         self._silent_forwards = 0
@@ -269,7 +278,7 @@ class Scheduler:
             self._other_steps = True
             return
         if not _is_nested(optimizer) and not _is_skipped(optimizer):
-            self._move_to(self.current_step + 1)
+            self._advance()
 
     def _holds(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has a parameter of the model; looked up anew when its groups have changed."""

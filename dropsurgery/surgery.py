@@ -38,7 +38,10 @@ _STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One site: the rate asked for, the share that it should drop by its closed form, and the one measured."""
+    """One site: the rate asked for, the share that it should drop by its closed form, and the one measured.
+
+    `measured` is NaN for a layer that was adopted, and where what is dropped cannot be counted: `note` says why.
+    """
 
     site: str
     regularizer: str
@@ -46,6 +49,7 @@ class AuditRow:
     expected: float
     measured: float
     shape: tuple[int, ...]
+    note: str = ""
 
 
 class Audit(tuple[AuditRow, ...]):
@@ -53,12 +57,14 @@ class Audit(tuple[AuditRow, ...]):
 
     def __str__(self) -> str:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for column in ("site", "regularizer", "p", "expected drop", "measured drop", "shape"):
+        notes = ("note",) if any(row.note for row in self) else ()
+        for column in ("site", "regularizer", "p", "expected drop", "measured drop", "shape", *notes):
             table.add_column(column, no_wrap=True)
         for row in self:
             shape = "x".join(map(str, row.shape))
-            rates = (f"{row.p:g}", f"{row.expected:.4f}", f"{row.measured:.4f}")
-            table.add_row(row.site, row.regularizer, *rates, shape)
+            measured = "not counted" if row.note else f"{row.measured:.4f}"
+            rates = (f"{row.p:g}", f"{row.expected:.4f}", measured)
+            table.add_row(row.site, row.regularizer, *rates, shape, *([row.note] if notes else []))
         console = Console(width=400, no_color=True, highlight=False)
         with console.capture() as captured:
             console.print(table)
@@ -360,6 +366,9 @@ class Adopted:
         """Write the layer's own attribute."""
         setattr(self.module, name, value)
 
+    def after_step(self) -> None:
+        """Nothing: its weights, if any, are the model's."""
+
     def state(self) -> dict[str, torch.Tensor]:
         """Nothing: the clock says the rate."""
         return {}
@@ -394,6 +403,11 @@ def _noise(item: Any) -> Any:
 def _audited(edit: Edit, regularizer: Any, shape: tuple[int, ...], device: torch.device) -> AuditRow:
     if edit.kind == ADOPT:
         return AuditRow(edit.site.id, edit.regularizer, edit.p, edit.p, float("nan"), shape)
-    dropped = regularizer(torch.ones(shape, device=device)) == 0
-    measured = float(dropped.float().mean())
-    return AuditRow(edit.site.id, edit.regularizer, edit.p, regularizer.expected_drop(shape), measured, shape)
+    expected = regularizer.expected_drop(shape)
+    if regularizer.uncounted:
+        return AuditRow(edit.site.id, edit.regularizer, edit.p, expected, float("nan"), shape, regularizer.uncounted)
+    ones = torch.ones(shape, device=device)
+    given = (ones, 2 * ones) if edit.kind == "combine" else (ones,)
+    given_back = regularizer(*given)
+    dropped = given_back == 0 if regularizer.drops == "zero" else given_back != sum(given)
+    return AuditRow(edit.site.id, edit.regularizer, edit.p, expected, float(dropped.float().mean()), shape)

@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 from dropsurgery import catalogue, regularizers
-from dropsurgery.errors import SurgeryError
+from dropsurgery.errors import RecipeError, SurgeryError
+from dropsurgery.recipe import load_recipe
 from dropsurgery.regularizers._base import Regularizer
 
 
@@ -92,3 +93,19 @@ def test_an_argument_without_default_is_required() -> None:
     found = catalogue.arguments(Needy)
     assert found["groups"] == catalogue.Argument(int, inspect.Parameter.empty)
     assert found["groups"].required and not found["p"].required
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("maxout", "is an architecture"),
+        ("region_dropout", "is not determined by its source"),
+        ("label_smoothing", r"cross_entropy\(logits, labels, label_smoothing=0\.1\)"),
+    ],
+)
+def test_what_is_no_regularizer_is_refused_with_the_reason(name: str, why: str) -> None:
+    with pytest.raises(SurgeryError, match=f"no regularizer '{name}': .*{why}"):
+        catalogue.load("regularizers", name)
+    entry = {"name": "a", "pattern": "linear", "insert": name}
+    with pytest.raises(RecipeError, match=rf"entries\[0\]\.insert: .*{why}"):
+        load_recipe({"version": 1, "entries": [entry]})

@@ -1,30 +1,195 @@
-"""Every script of `examples/` runs from end to end, in its quick form."""
+"""Every script of `examples/` runs from end to end, in its quick form; and the gallery draws every regularizer."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from matplotlib.image import imread
+from torch import Tensor, nn
 
-SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
+from dropsurgery import SurgeryError, catalogue
+from dropsurgery.regularizers import Rate, Regularizer
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+GALLERY = EXAMPLES / "mask_gallery.py"
+SCRIPTS = sorted(set(EXAMPLES.glob("*.py")) - {GALLERY})
 
 
-def test_there_are_examples() -> None:
-    assert SCRIPTS
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_example_runs(script: Path, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, str(script), "--quick"],
-        cwd=tmp_path,
+def run(script: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_there_are_examples() -> None:
+    assert SCRIPTS and GALLERY.exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_example_runs(script: Path, tmp_path: Path) -> None:
+    done = run(script, tmp_path, "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
     assert not list(tmp_path.iterdir()), "an example leaves files behind"
+
+
+def test_gallery_draws_every_regularizer(tmp_path: Path) -> None:
+    done = run(GALLERY, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == f"drew {', '.join(catalogue.names('regularizers'))}"
+    (file,) = tmp_path.iterdir()
+    assert file.name == "mask_gallery.png" and second == f"wrote {file}"
+    pixels = imread(file)
+    assert min(pixels.shape[:2]) > 1500 and file.stat().st_size > 200_000
+
+
+def test_gallery_takes_names_and_refuses_unknown_ones(tmp_path: Path) -> None:
+    done = run(GALLERY, tmp_path, "dropblok", "--out", "a/b.png")
+    assert done.returncode == 1 and "did you mean 'dropblock'" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+    done = run(GALLERY, tmp_path, "dropblock", "--out", "a/b.png", "--seed", "1")
+    assert done.stdout.startswith("drew dropblock\n") and (tmp_path / "a" / "b.png").exists()
+
+
+# ---- regularizers that are new to the gallery are drawn by their kind ----
+
+
+class Rows(Regularizer):
+    paper, summary = "Somebody: Rows, arXiv:1901.00001", "drops rows"
+
+    def __init__(self, p: Rate = 0.3) -> None:
+        super().__init__(p=p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x) if self.active else x
+
+    def drop(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(x.shape[0], 1, x.shape[2], 1) >= self.p)
+
+    def expected_drop(self, shape: tuple[int, ...]) -> float:
+        return self.p.item()
+
+
+class Shifted(Rows):
+    drops, uncounted = "other", "all is shifted"
+
+    def drop(self, x: Tensor) -> Tensor:
+        return x + torch.rand(x.shape)
+
+
+class Images(Rows):
+    placement = "the network's input"
+
+
+class Second(Rows):
+    kind, uncounted = "combine", "a sum is left"
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + self.drop(b)
+
+
+class InLinear(Rows):
+    kind, drops = "swap", "other"
+
+    @staticmethod
+    def example_host() -> nn.Module:
+        return nn.Linear(14, 9)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.drop(self.own(x))
+
+
+class InRecurrent(Rows):
+    kind, uncounted = "swap", "states are summed up"
+
+    @staticmethod
+    def example_host() -> nn.Module:
+        return nn.GRU(5, 4, batch_first=True)
+
+    @staticmethod
+    def example_inputs(batch: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, 6, 5),)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.own(x * (torch.rand(x.shape) >= self.p))
+
+
+class Wrapped(Rows):
+    kind = "wrap"
+
+
+NEW = (Rows, Shifted, Images, Second, InLinear, InRecurrent)
+
+
+@pytest.fixture(scope="module")
+def gallery() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("mask_gallery", GALLERY)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def new_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    for cls in (*NEW, Wrapped):
+        monkeypatch.setitem(catalogue._registered["regularizers"], f"new_{cls.__name__}", cls)
+    return [f"new_{cls.__name__}" for cls in NEW]
+
+
+def test_gallery_draws_new_regularizers_by_kind(gallery: ModuleType, new_names: list[str]) -> None:
+    figure = gallery.picture(new_names, seed=0)
+    assert list(gallery.drawn(figure)) == new_names
+    words = "\n".join(text.get_text() for text in figure.texts)
+    assert words.count("2019: drops rows") == len(NEW) and "not counted: a sum is left" in words
+    for name in new_names:
+        panels = [axes for axes in figure.axes if axes.get_label() == name]
+        assert len(panels) == gallery.PANELS
+        for axes in panels:  # a picture, or one factor that is written into it
+            assert np.ptp(axes.images[0].get_array(), axis=(0, 1)).any() or axes.texts
+
+
+def test_gallery_draws_what_was_dropped(gallery: ModuleType, new_names: list[str]) -> None:
+    data = gallery.Data.new(0)
+    rows = gallery.group("new_Rows", data, seed=0)
+    share = float(rows.share.split("%")[0])
+    assert rows.share.endswith("% dropped in 100 draws (expected 30.0%)") and abs(share - 30) < 2
+    dropped = np.array(gallery.FACTORS(gallery.FACTOR_RANGE(0.0))[:3])
+    for panel in rows.panels:
+        red = np.isclose(panel.pixels, dropped).all(-1)
+        assert (red.all(1) == red.any(1)).all() and 0 < red.mean() < 1
+    shown = np.stack([panel.pixels for panel in rows.panels[:2]])
+    assert (np.isclose(shown[0], dropped) == np.isclose(shown[1], dropped)).all()  # the same in both channels
+
+
+def test_gallery_says_which_kinds_it_knows(gallery: ModuleType, new_names: list[str]) -> None:
+    with pytest.raises(SurgeryError, match="new_Wrapped: expected one of the kinds insert, combine, swap, got wrap"):
+        gallery.picture(["new_Wrapped"], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("paper", "year"),
+    [
+        ("Ghiasi: DropBlock, NeurIPS 2018, arXiv:1810.12890", "2018"),
+        ("DeVries, Taylor: Cutout, arXiv:1708.04552", "2017"),
+        ("Dental Images, ACIIDS 2021, doi 10.1007/2019_21", "2021"),
+        ("Somebody: Something", "no year"),
+    ],
+)
+def test_gallery_reads_the_year(gallery: ModuleType, paper: str, year: str) -> None:
+    assert gallery.year_of(paper) == year

@@ -246,4 +246,12 @@ class Wasteful(nn.Module):
 
 def test_what_the_model_throws_away_is_no_site() -> None:
     sites = find_sites(Wasteful(), "pool", example_inputs=torch.zeros(1, 3, 8, 8))
-    assert {site.id for site in sites} == {"pool#2:pool.input", "pool#2:pool.output"}
+    assert {site.id for site in sites} == {f"pool#2:pool.{edge}" for edge in ("input", "output", "module")}
+
+
+def test_what_is_done_in_eval_is_told() -> None:
+    entry = {"name": "a", "pattern": "residual_add", "edge": "branch", "insert": "stochastic_depth"}
+    for rescale, told in (("test", ["in eval: times the survival probability 1 - p at 8 sites"]), ("train", [])):
+        mine = {"version": 1, "entries": [entry | {"with": {"rescale": rescale}}]}
+        plan = plan_recipe(make_model("resnet18"), mine)
+        assert [line for line in str(plan).splitlines() if line.startswith("in eval")] == told

@@ -39,6 +39,9 @@ class Noise(nn.Module):
         self.get_buffer(name).fill_(value)
         self.writes += 1
 
+    def after_step(self) -> None:
+        pass
+
 
 class Net(nn.Module):
     """A model with a regularizer and its clock, wired as surgery does."""
@@ -97,6 +100,9 @@ def test_each_rate_has_its_own_target_and_schedule() -> None:
     class Rates:
         def set_rate(self, name: str, value: float) -> None:
             written[name] = value
+
+        def after_step(self) -> None:
+            pass
 
     clock = Scheduler(
         [

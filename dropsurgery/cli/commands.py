@@ -61,11 +61,14 @@ def regularizers(args: argparse.Namespace) -> int:
         cls = catalogue.load("regularizers", name)
         known = catalogue.arguments(cls)
         defaults = {key: None if argument.required else argument.default for key, argument in known.items()}
-        facts.append({"name": name, "summary": cls.summary, "arguments": defaults, "paper": cls.paper})
+        told = {key: getattr(cls, key) for key in ("kind", "summary", "paper", "shapes", "needs", "placement")}
+        facts.append({"name": name, **told, "arguments": defaults})
     if args.json:
         return print_json(facts)
-    rows = [(fact["name"], fact["summary"], pairs(fact["arguments"]), fact["paper"]) for fact in facts]
-    return print_table(("regularizer", "what it does", "arguments (defaults)", "paper"), rows)
+    columns = ("name", "kind", "summary", "arguments", "shapes", "needs", "paper")
+    rows = [[pairs(fact[key]) if key == "arguments" else fact[key] for key in columns] for fact in facts]
+    heads = ("regularizer", "kind", "what it does", "arguments (defaults)", "accepts", "needs", "paper")
+    return print_table(heads, rows)
 
 
 def schema(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from dropsurgery.kinds import mixes, positions, tensor_users
-from dropsurgery.matching import After, Into, Match, Pattern, called, ops
+from dropsurgery.matching import After, Into, Layer, Match, Pattern, called, ops
 
 
 def _makes_the_result(match: Match) -> str | None:
@@ -33,6 +33,6 @@ def _makes_the_result(match: Match) -> str | None:
 PATTERN = Pattern(
     "classifier",
     forms=[ops(layer="linear"), ops(layer="conv")],
-    edges={"output": After("layer"), "input": Into("layer")},
+    edges={"output": After("layer"), "input": Into("layer"), "module": Layer("layer")},
     check=_makes_the_result,
 )

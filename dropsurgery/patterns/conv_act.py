@@ -7,7 +7,7 @@ sigmoid only scales another tensor.
 from __future__ import annotations
 
 from dropsurgery.kinds import kind_of, kinds_of, skip_identities, tensor_users
-from dropsurgery.matching import After, Into, Match, Pattern, ops
+from dropsurgery.matching import After, Into, Layer, Match, Pattern, ops
 from dropsurgery.patterns._walks import pooled
 
 
@@ -23,6 +23,12 @@ def _on_a_map(match: Match) -> str | None:
 PATTERN = Pattern(
     "conv_act",
     forms=[ops(conv="conv", act="activation")],
-    edges={"output": After("act"), "conv": After("conv"), "input": Into("conv")},
+    edges={
+        "output": After("act"),
+        "conv": After("conv"),
+        "input": Into("conv"),
+        "conv_module": Layer("conv"),
+        "act_module": Layer("act"),
+    },
     check=_on_a_map,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dropsurgery.kinds import compound, skip, tensor_users
-from dropsurgery.matching import After, Into, Match, Pattern, called, kind_of, ops
+from dropsurgery.matching import After, Into, Layer, Match, Pattern, called, kind_of, ops
 
 
 def _no_activation(match: Match) -> str | None:
@@ -18,6 +18,12 @@ def _no_activation(match: Match) -> str | None:
 PATTERN = Pattern(
     "conv_bn",
     forms=[ops(conv="conv", norm="norm")],
-    edges={"output": After("norm"), "conv": After("conv"), "norm": After("norm"), "input": Into("conv")},
+    edges={
+        "output": After("norm"),
+        "conv": After("conv"),
+        "norm": After("norm"),
+        "input": Into("conv"),
+        "conv_module": Layer("conv"),
+    },
     check=_no_activation,
 )

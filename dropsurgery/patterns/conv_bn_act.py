@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dropsurgery.matching import After, Into, Pattern, ops
+from dropsurgery.matching import After, Into, Layer, Pattern, ops
 
 PATTERN = Pattern(
     "conv_bn_act",
     forms=[ops(conv="conv", norm="norm", act="activation"), ops(conv="conv", act="norm_act")],
-    edges={"output": After("act"), "conv": After("conv"), "norm": After("norm"), "input": Into("conv")},
+    edges={
+        "output": After("act"),
+        "conv": After("conv"),
+        "norm": After("norm"),
+        "input": Into("conv"),
+        "conv_module": Layer("conv"),
+        "act_module": Layer("act"),
+    },
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dropsurgery.matching import After, Into, Pattern, ops
+from dropsurgery.matching import After, Into, Layer, Pattern, ops
 
 PATTERN = Pattern(
     "linear",
     forms=[ops(linear="linear")],
-    edges={"output": After("linear"), "input": Into("linear")},
+    edges={"output": After("linear"), "input": Into("linear"), "module": Layer("linear")},
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dropsurgery.kinds import data_inputs, kind_of
-from dropsurgery.matching import After, Into, Match, Pattern, called, ops
+from dropsurgery.matching import After, Into, Layer, Match, Pattern, called, ops
 from dropsurgery.records import TensorFact
 
 
@@ -31,6 +31,6 @@ def _over_positions(match: Match) -> str | None:
 PATTERN = Pattern(
     "pool",
     forms=[ops(pool="pool"), ops(pool="mean"), ops(pool="amax")],
-    edges={"output": After("pool"), "input": Into("pool")},
+    edges={"output": After("pool"), "input": Into("pool"), "module": Layer("pool")},
     check=_over_positions,
 )

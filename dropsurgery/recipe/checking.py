@@ -155,7 +155,8 @@ class EntryChecker:
         if insert is None or not isinstance(insert.value, str) or not given.is_mapping:
             return None  # the models say so
         if insert.value not in self.regularizers:
-            hint = suggestion(insert.value, self.regularizers)
+            why = catalogue.NO_REGULARIZERS.get(str(insert.value))
+            hint = why or suggestion(insert.value, self.regularizers)
             self.problems.add(insert.place, f"no regularizer {shown(insert.value)}; {hint}")
             return None
         return check_arguments(insert.value, given, self.problems)

@@ -44,15 +44,39 @@ class Regularizer(nn.Module):
 
     A rate is an argument named `p` or `p_*`: always the share (or probability) that is DROPPED. It is kept
     in a 0-dim float32 buffer of that name, outside of the state_dict, so that a compiled model sees it move.
+
+    Attributes:
+        kind: of surgery. "insert": forward takes the tensor that travels on an edge. "combine": it stands in for a
+            sum, and forward takes its operands. "swap": it stands in for the forward of one layer, its `host`, and
+            forward takes what that takes.
+        paper, summary: where it comes from, and what it does in one line.
+        placement: where its paper puts it, and the recipe that does so.
+        shapes: what it accepts, as users read it.
+        needs: what it needs besides its input, such as the host's class; empty for nothing.
+        examples: arguments under which the contract's tests run it.
+        producer: kinds of the operation that its input comes from, such as ("activation", "relu"); set before `build`.
+        drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
+        uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
+        learned: names of the parameters that it adds to the model.
+        random: whether it draws numbers.
+        eval_rule: "identity", or in words what it does in eval mode.
     """
 
     kind: ClassVar[str] = "insert"
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    placement: ClassVar[str] = ""
+    shapes: ClassVar[str] = "any shape"
+    needs: ClassVar[str] = ""
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()
+    drops: ClassVar[str] = "zero"
+    uncounted: ClassVar[str] = ""
+    learned: ClassVar[tuple[str, ...]] = ()
+    random: bool = True
 
     eval_rule: str = "identity"
     channel_axis: int = 1
+    producer: tuple[str, ...] = ()
     site_id: str = ""
     context: Keys | None = None
     forced: bool = False
@@ -82,6 +106,31 @@ class Regularizer(nn.Module):
         if channel_axis is not None:
             self.channel_axis = channel_axis
         self.site_id = site_id
+
+    @property
+    def host(self) -> nn.Module | None:
+        """The layer whose forward it stands in for (kind "swap"); None for other kinds, and before `bind`."""
+        return self.__dict__.get("_host")
+
+    def bound(self) -> nn.Module:
+        """The host: its weights, its options, its own forward; a SurgeryError where there is none."""
+        host = self.host
+        require(host is not None, type(self).__name__, "to be bound to a layer by `bind`", None)
+        return host  # type: ignore[return-value]
+
+    def bind(self, host: nn.Module) -> None:
+        """Stand in for the forward of a layer; a SurgeryError where that is no layer that it knows."""
+        # Kept out of `_modules`: the layer holds the regularizer, not the other way round.
+        self.__dict__["_host"] = host
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own forward: that of its class, and not the one that calls this stand-in."""
+        host = self.bound()
+        cls: Any = getattr(type(host), "_own_class", type(host))
+        return cls.forward(host, *args, **kwargs)
+
+    def after_step(self) -> None:
+        """Called each time that the clock has moved by an optimizer step, for what constrains weights."""
 
     def expected_drop(self, shape: tuple[int, ...]) -> float:
         """Return the expected share of an input of `shape` that is dropped at the current rates."""

@@ -27,21 +27,22 @@ _ROWS = 255  # as many bytes of 0 or 1 as a byte can add up
 
 @dataclass(frozen=True)
 class Draw:
-    """Blocks on `maps` = (B, C) or (B, 1) maps of `size` = (H, W) cells, seeded with probability `gamma`.
+    """Blocks on `maps` = (B, C) or (B, 1) maps of `size` cells, seeded with probability `gamma`.
 
-    A seed is the upper left corner of its `block`, where that lies wholly inside of the map.
+    The size is (L,), (H, W) or (D, H, W). A seed is the first corner of its `block`, where that lies wholly
+    inside of the map.
     """
 
     maps: tuple[int, int]
-    size: tuple[int, int]
-    block: tuple[int, int]
+    size: tuple[int, ...]
+    block: tuple[int, ...]
     gamma: float
     key: int
 
     @property
-    def region(self) -> tuple[int, int, int, int]:
+    def region(self) -> tuple[int, ...]:
         """The positions of seeds: (B, C or 1, H - kh + 1, W - kw + 1)."""
-        return *self.maps, self.size[0] - self.block[0] + 1, self.size[1] - self.block[1] + 1
+        return *self.maps, *(length - k + 1 for length, k in zip(self.size, self.block, strict=True))
 
     @property
     def cells(self) -> int:
@@ -75,23 +76,26 @@ class Draw:
         return seeds[: int(torch.searchsorted(seeds, end))].long()
 
     def mask(self) -> Tensor:
-        """Return bytes (B, C or 1, H, W), 1 where dropped; H = W = 1 where a block is the whole map."""
+        """Return bytes (B, C or 1, H, W), 1 where dropped; each length is 1 where a block is the whole map."""
         region = self.region
         generator = torch.Generator().manual_seed(self.key)
         words = torch.empty(region, dtype=torch.int32, device=CPU).random_(generator=generator)  # 31 bits
         seeds = (words <= round(self.gamma * 2**31) - 1).view(torch.uint8)
-        if region[2:] == (1, 1) or self.block == (1, 1):
+        if math.prod(region[2:]) == 1 or math.prod(self.block) == 1:
             return seeds
         mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8, device=CPU)
-        mask[..., : region[2], : region[3]] = seeds
+        inside: tuple[slice, ...] = tuple(slice(length) for length in region)
+        mask[inside] = seeds
         # No block leaves its row or map, so the mask can be spread as if it were one long row.
-        _spread_(mask.view(-1), 1, self.block[1])
-        _spread_(mask.view(-1), self.size[1], self.block[0])
+        step = 1
+        for length, k in zip(reversed(self.size), reversed(self.block), strict=True):
+            _spread_(mask.view(-1), step, k)
+            step *= length
         return mask
 
     def count(self, blocks: Blocks) -> int:
         """How many cells the blocks cover; a cell under two of them counts once."""
-        positions = self.region[2] * self.region[3]
+        positions = math.prod(self.region[2:])
         maps = torch.div(blocks.seeds, positions, rounding_mode="floor")
         again = maps[1:] == maps[:-1]
         first = torch.ones_like(maps, dtype=torch.bool)  # of its map
@@ -104,17 +108,17 @@ class Draw:
         few = replace(self, maps=(int(numbers[-1]) + 1 if len(numbers) else 0, 1))
         mask = torch.zeros(*few.maps, *self.size, dtype=torch.uint8, device=CPU)
         few.fill_(mask, Blocks(blocks.seeds[crowded] % positions + numbers * positions), 1)
-        return alone * math.prod(self.block) + int(mask.sum())
+        return alone * math.prod(self.block) + count_ones(mask)
 
     def fill_(self, x: Tensor, blocks: Blocks, value: int) -> None:
-        """Write `value` into the blocks in `x` (B, C, H, W): fresh and dense."""
+        """Write `value` into the blocks in `x` (B, C, ...): fresh and dense."""
         if not len(blocks.seeds):
             return
-        channel, down, right = x.stride()[1:]
-        copies, (height, width) = x.shape[1] if self.maps[1] == 1 else 1, self.block
-        room = x.numel() - (copies - 1) * channel - (height - 1) * down - (width - 1) * right
+        window = x.shape[1] if self.maps[1] == 1 else 1, *self.block
+        steps = x.stride()[1:]
+        room = x.numel() - sum((length - 1) * step for length, step in zip(window, steps, strict=True))
         # Seen from where a block may start: all of its cells in all of its channels.
-        windows = x.as_strided((room, copies, height, width), (1, channel, down, right))
+        windows = x.as_strided((room, *window), (1, *steps))
         windows.index_fill_(0, blocks.starts(self.region, x.stride()), value)
 
 
@@ -166,8 +170,8 @@ def _spread_(flat: Tensor, step: int, length: int) -> None:
 
 
 def _draw(x: Tensor, block: Sequence[int], share_channels: bool, gamma: float, key: int) -> Draw:
-    batch, channels, height, width = x.shape
-    return Draw((batch, 1 if share_channels else channels), (height, width), (block[0], block[1]), gamma, key)
+    batch, channels, *size = x.shape
+    return Draw((batch, 1 if share_channels else channels), tuple(size), tuple(block), gamma, key)
 
 
 def _marks(x: Tensor, draw: Draw) -> Blocks | Tensor:
@@ -208,25 +212,33 @@ def drop_blocks(
     share_channels: bool,
     exact: bool,
     counted: bool,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Drop blocks of `x` (B, C, H, W) on the CPU; see `dropblock.drop_block` for the arguments.
+    """Drop blocks of `x` (B, C, ...) on the CPU; see `dropblock.drop_block` for the arguments.
 
-    Rescale by what was kept if `counted`, else by 1 / (1 - p). Return the result, and what repeats the draw:
-    float64 (key, gamma, scale).
+    If `scaled`, rescale by what was kept (`counted`) or by 1 / (1 - p). Return the result, and what repeats
+    the draw: float64 (key, gamma, scale).
     """
-    draw, rescale = _planned(x, p, key, block, share_channels, exact, counted)
+    draw, rescale = _planned(x, p, key, block, share_channels, exact, counted, scaled)
     y, scale, _ = _scaled(x, draw, rescale)
     return y, torch.tensor([float(key), draw.gamma, scale], dtype=torch.float64, device=CPU)
 
 
 def _planned(
-    x: Tensor, p: Tensor, key: Tensor, block: Sequence[int], share_channels: bool, exact: bool, counted: bool
+    x: Tensor,
+    p: Tensor,
+    key: Tensor,
+    block: Sequence[int],
+    share_channels: bool,
+    exact: bool,
+    counted: bool,
+    scaled: bool,
 ) -> tuple[Draw, float | None]:
     """What to draw, and the scale where it is known before."""
     rate = float(p)
     gamma = seed_probability(rate, x.shape[2:], block, exact) if x.numel() else 0.0
     rescale = None if counted else 1 / (1 - rate) if rate < 1 else 0.0
-    return _draw(x, block, share_channels, gamma, int(key)), rescale
+    return _draw(x, block, share_channels, gamma, int(key)), rescale if scaled else 1.0
 
 
 @torch.library.custom_op("dropsurgery::repeat_drop_blocks", mutates_args=())
@@ -255,14 +267,22 @@ class _Eager(torch.autograd.Function):
 
 
 def run(
-    x: Tensor, p: Tensor, key: Tensor | None, block: Sequence[int], share_channels: bool, exact: bool, counted: bool
+    x: Tensor,
+    p: Tensor,
+    key: Tensor | None,
+    block: Sequence[int],
+    share_channels: bool,
+    exact: bool,
+    counted: bool,
+    scaled: bool = True,
 ) -> Tensor:
     """Drop blocks of `x` on the CPU: by the operator where something traces, else directly."""
     key = fresh_key() if key is None else key
     if torch.compiler.is_compiling() or type(x) not in _PLAIN or _get_current_dispatch_mode() is not None:
-        y: Tensor = drop_blocks(x, p, key, block, share_channels, exact, counted)[0]
+        y: Tensor = drop_blocks(x, p, key, block, share_channels, exact, counted, scaled)[0]
         return y
-    direct: Tensor = _Eager.apply(x, *_planned(x, p, key, block, share_channels, exact, counted), None)
+    plan = _planned(x, p, key, block, share_channels, exact, counted, scaled)
+    direct: Tensor = _Eager.apply(x, *plan, None)
     return direct
 
 
@@ -275,6 +295,7 @@ def _(
     share_channels: bool,
     exact: bool,
     counted: bool,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor]:
     return x * 1.0, torch.empty(3, dtype=torch.float64, device=CPU)
 
@@ -293,7 +314,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (record,) = ctx.saved_tensors
-    return repeat_drop_blocks(grad, record, ctx.block, ctx.share_channels), *[None] * 6
+    return repeat_drop_blocks(grad, record, ctx.block, ctx.share_channels), *[None] * 7
 
 
 def _save_repeat(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -38,6 +38,8 @@ class StochasticDepth(Regularizer):
 
     paper = "Huang et al.: Deep Networks with Stochastic Depth, ECCV 2016, arXiv:1603.09382"
     summary = "drops whole residual branches"
+    placement = "at the end of each residual branch, p growing with depth: stochastic_depth_linear"
+    shapes = "any shape (B, ...)"
     examples = ({"p": 0.2}, {"p": 0.2, "mode": "batch"}, {"p": 0.5, "mode": "batch", "rescale": "test"})
 
     p: Tensor

@@ -320,8 +320,10 @@ def test_refuses_bad_options(option: str, value: object) -> None:
 
 
 def test_refuses_a_tensor_without_maps() -> None:
-    with pytest.raises(SurgeryError, match=r"expected 4 dimensions .*, got \(2, 196, 64\)"):
+    with pytest.raises(SurgeryError, match=r"expected a channel axis .*, got \(2, 196, 64\)"):
         DropBlock()(torch.ones(2, 196, 64))
+    with pytest.raises(SurgeryError, match=r"expected maps .*, got \(2, 64\)"):
+        DropBlock()(torch.ones(2, 64))
 
 
 def test_repr_names_what_was_chosen() -> None:

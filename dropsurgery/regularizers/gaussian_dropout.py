@@ -1,0 +1,96 @@
+"""Gaussian dropout: multiply by Gaussian noise instead of dropping (Srivastava et al., JMLR 15, 2014, section 10).
+
+    x → x * N      N ~ Normal(1, p / (1 - p)), one draw an element
+
+The noise has the mean and the variance of dropout's M / (1 - p), so that p means the same in both, but no element
+becomes zero. The paper writes p for the probability to keep, and has the variance (1 - p) / p. Kingma, Salimans and
+Welling 2015 (arXiv:1506.02557) write alpha for p / (1 - p); their variational dropout learns it, which this does
+not. The same as Keras's GaussianDropout. Placement: as dropout's, on the outputs of hidden layers. At p = 1, where
+no such noise exists, all is zero, as by dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor
+from dropsurgery.regularizers._blocks import fresh_key
+
+
+def gaussian_dropout(x: Tensor, p: float | Tensor, *, key: Tensor | None = None) -> Tensor:
+    """Multiply each element of `x` (any shape) by a number drawn from Normal(1, p / (1 - p)).
+
+    `key`, a 0-dim int64 CPU tensor, is what the random numbers depend on; None for torch's global generator.
+    A SurgeryError if `p` is a number out of [0, 1].
+    """
+    rate = rate_tensor(p, x.device)
+    if key is None:
+        if x.device.type != "cpu":  # a key is read on the host, which a captured CUDA graph would do only once
+            return _times(x, torch.randn(x.shape, device=x.device, dtype=torch.float32), rate)
+        key = fresh_key()
+    y: Tensor = _DrawnTwice.apply(x, rate, key)
+    return y
+
+
+class GaussianDropout(Regularizer):
+    """`gaussian_dropout` as a layer; identity in eval."""
+
+    paper = "Srivastava et al.: Dropout, JMLR 15, 2014, section 10"
+    summary = "multiplies elements by Gaussian noise"
+    placement = "on the outputs of hidden layers, where dropout would go"
+    examples = ({"p": 0.1}, {"p": 0.5})
+    drops = "other"
+    uncounted = "each element is changed, and none dropped"
+
+    p: Tensor
+
+    def __init__(self, p: Rate = 0.5) -> None:
+        super().__init__(p=p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` times noise; `x` itself when not active."""
+        return gaussian_dropout(x, self.p, key=self.next_key()) if self.active else x
+
+    def expected_drop(self, shape: tuple[int, ...]) -> float:
+        """Return p: the share that dropout with noise of this variance would drop."""
+        return self._rates["p"]
+
+
+def _times(x: Tensor, normal: Tensor, p: Tensor) -> Tensor:
+    # At p = 1 the deviation only has to be finite.
+    deviation = (p / (1 - p).clamp(min=torch.finfo(p.dtype).tiny)).sqrt()
+    return (x * (normal * deviation + 1) * (p < 1)).to(x.dtype)
+
+
+class _DrawnTwice(torch.autograd.Function):
+    """`_times`, whose numbers are drawn once more for backward instead of being kept: four bytes an element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(p.clone(), key)  # the rate may move before backward
+        return _times(x, keyed_normal(x.shape, x.device, key), p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        p, key = ctx.saved_tensors
+        return _times(grad, keyed_normal(grad.shape, grad.device, key), p), None, None
+
+
+@torch.library.custom_op(
+    "dropsurgery::keyed_normal",
+    mutates_args=(),
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
+)
+def keyed_normal(shape: Sequence[int], device: torch.device, key: Tensor) -> Tensor:
+    """Return float32 numbers of mean 0 and variance 1 from a generator of their own, seeded with `key`."""
+    generator = torch.Generator(device).manual_seed(int(key))
+    return torch.randn(shape, device=device, generator=generator, dtype=torch.float32)
+
+
+@keyed_normal.register_fake
+def _(shape: Sequence[int], device: torch.device, key: Tensor) -> Tensor:
+    return torch.empty(shape, device=device, dtype=torch.float32)

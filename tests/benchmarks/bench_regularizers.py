@@ -1,0 +1,260 @@
+"""The regularizers' cost beside their peers and beside `x * c`, forward and backward, in one run.
+
+    python tests/benchmarks/bench_regularizers.py [PART…]      parts: blocks, many, whole, shared, plain, dropout, step
+
+Contenders take turns, and medians are compared. `x * c`, the limit, has three turns a round: a run in which they differ
+by more than a fifth is thrown away and measured again. Exit code 1 where a bound is missed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from bench_dropblock import keep_memory, share_dropped
+from timm.layers.drop import DropBlock2d, drop_block_2d
+from torch import Tensor, nn
+from torchvision.ops import DropBlock2d as TorchvisionDropBlock2d
+from torchvision.ops import drop_block2d
+
+from dropsurgery import apply_recipe, get_regularizer, strip
+
+Call = Callable[[Tensor], Tensor]
+LIMITS = ("x * c", "x * c again", "x * c once more")
+ATTEMPTS = 4
+UNEVEN = 1.2
+
+
+@dataclass(frozen=True)
+class Bound:
+    """`ours` takes at most `most` times as long as `other`, or `slack` seconds more."""
+
+    ours: str
+    other: str
+    most: float
+    slack: float = 0.0
+
+    def missed(self, medians: dict[str, float]) -> bool:
+        ours, other = medians[self.ours], medians[self.other]
+        return ours > max(self.most * other, other + self.slack)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Contenders on one shape, and what is asked of them."""
+
+    what: str
+    shape: tuple[int, ...]
+    calls: dict[str, Call]
+    bounds: tuple[Bound, ...]
+    rounds: int = 11
+    shares: bool = field(default=True)
+
+
+def ours(name: str, **options: Any) -> Call:
+    layer: Call = get_regularizer(name)(**options)
+    return layer
+
+
+def against_blocks(what: str, shape: tuple[int, ...], k: int, p: float, faster: float, limit: Bound) -> Case:
+    calls: dict[str, Call] = {
+        "dropsurgery": ours("dropblock", p=p, block_size=k),
+        "torchvision": lambda x: drop_block2d(x, p, k),
+        "timm": lambda x: drop_block_2d(x, p, k, couple_channels=False),
+    }
+    return Case(what, shape, calls, (Bound("dropsurgery", "torchvision", 1 / faster), limit))
+
+
+def blocks() -> Iterator[Case]:
+    cases = [((32, 256, 14, 14), 10, 4.0), ((32, 256, 28, 28), 12, 3.5), ((8, 64, 112, 112), 14, 3.2)]
+    for shape, faster, most in cases:
+        case = against_blocks("k = 7, p = 0.1", shape, 7, 0.1, faster, Bound("dropsurgery", "x * c", most))
+        yield Case(case.what, shape, case.calls, (*case.bounds, Bound("dropsurgery", "timm", 1 / faster)))
+
+
+def many() -> Iterator[Case]:
+    for p in (0.02, 0.3, 0.5):
+        for k in (1, 3, 5):
+            limit = Bound("dropsurgery", "x * c", 7.0)
+            yield against_blocks(f"k = {k}, p = {p}", (32, 256, 14, 14), k, p, 1.5 if k == 1 else 3.0, limit)
+
+
+def whole() -> Iterator[Case]:
+    limit = Bound("dropsurgery", "x * c", 2.5, slack=0.25e-3)
+    case = against_blocks("k = 7, p = 0.1, the whole map", (32, 512, 7, 7), 7, 0.1, 15, limit)
+    yield Case(case.what, case.shape, case.calls, (*case.bounds, Bound("dropsurgery", "timm", 1 / 15)))
+
+
+def shared() -> Iterator[Case]:
+    for shape in ((32, 256, 14, 14), (32, 256, 28, 28)):
+        calls: dict[str, Call] = {
+            "dropsurgery": ours("dropblock", p=0.1, block_size=7, share_channels=True),
+            "timm, coupled": lambda x: drop_block_2d(x, 0.1, 7, couple_channels=True),
+        }
+        yield Case("k = 7, p = 0.1, channels share", shape, calls, (Bound("dropsurgery", "timm, coupled", 1.0),))
+
+
+def plain() -> Iterator[Case]:
+    bounds = {(8, 64, 112, 112): (1.2, 1.2), (32, 256, 28, 28): (1.2, 1.2)}
+    bounds |= {(32, 256, 14, 14): (1.7, 1.2), (32, 512, 7, 7): (2.5, 1.35)}
+    for shape, (spatial, depth) in bounds.items():
+        calls = {"spatial_dropout": ours("spatial_dropout", p=0.1), "stochastic_depth": ours("stochastic_depth", p=0.1)}
+        asked = (Bound("spatial_dropout", "x * c", spatial), Bound("stochastic_depth", "x * c", depth))
+        yield Case("p = 0.1", shape, calls, asked, rounds=31)
+
+
+def dropout() -> Iterator[Case]:
+    for p, most in ((0.5, 0.85), (0.1, 0.85), (0.05, 0.45), (0.02, 0.45)):
+        calls: dict[str, Call] = {"dropsurgery": ours("dropout", p=p), "F.dropout": lambda x, p=p: F.dropout(x, p)}  # type: ignore[misc]
+        yield Case(f"dropout, p = {p}", (32, 256, 14, 14), calls, (Bound("dropsurgery", "F.dropout", most),))
+
+
+def seconds(call: Call, x: Tensor, grad: Tensor) -> float:
+    x.grad = None
+    begin = time.perf_counter()
+    call(x).backward(grad)
+    return time.perf_counter() - begin
+
+
+def measured(case: Case) -> dict[str, float] | None:
+    """Median seconds of each contender; None where the machine was too uneven to say."""
+    x, grad = torch.randn(case.shape, requires_grad=True), torch.randn(case.shape)
+    names = list(case.calls)
+    calls = dict(case.calls)
+    for place, limit in zip((0, len(names) // 2 + 1, len(names) + 2), LIMITS, strict=True):
+        names.insert(place, limit)
+        calls[limit] = lambda x: x * 1.1
+    for name in names:
+        seconds(calls[name], x, grad)
+    times = [{name: seconds(calls[name], x, grad) for name in names} for _ in range(case.rounds)]
+    medians = {name: statistics.median(each[name] for each in times) for name in names}
+    limits = sorted(medians[name] for name in LIMITS)
+    medians[LIMITS[0]] = limits[1]
+    return medians if limits[-1] <= UNEVEN * limits[0] else None
+
+
+def report(case: Case, medians: dict[str, float]) -> None:
+    print(f"\n{case.what} on {'x'.join(map(str, case.shape))}")
+    print(f"  {'':18}{'ms':>9}{'of x * c':>11}{'dropped':>10}")
+    for name in (LIMITS[0], *case.calls):
+        share = share_dropped(case.calls[name], case.shape) if name in case.calls and case.shares else 0.0
+        print(f"  {name:18}{medians[name] * 1e3:9.2f}{medians[name] / medians[LIMITS[0]]:11.2f}{share:10.4f}")
+
+
+def tried(case: Case) -> list[str]:
+    """Measure a case until its bounds hold, at most a few times; give those that are missed."""
+    for _ in range(ATTEMPTS):
+        medians = measured(case)
+        if medians is not None and not any(bound.missed(medians) for bound in case.bounds):
+            break
+    medians = medians or measured(case)
+    if medians is None:
+        return [f"{case.what} on {case.shape}: the machine is too uneven to say"]
+    report(case, medians)
+    missed = [bound for bound in case.bounds if bound.missed(medians)]
+    return [
+        f"{case.what} on {case.shape}: {bound.ours} takes {medians[bound.ours] / medians[bound.other]:.2f} of "
+        f"{bound.other}, asked: {bound.most:.2f}"
+        for bound in missed
+    ]
+
+
+# -- a whole net ---------------------------------------------------------------------------------------------------
+class Peer(nn.Module):
+    """A peer's layer at the sites of ours."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x)
+        return result
+
+
+def with_peers(layer: Callable[[float], nn.Module]) -> nn.Module:
+    """ResNet-50 with a peer's layer at the 36 sites of the recipe."""
+    gm: Any = apply_recipe(timm.create_model("resnet50"), "dropblock_resnet_g34", total_steps=1)
+    for edit in gm.surgery.plan.edits:
+        ours_there = gm.surgery.regularizers[edit.site.id]
+        ours_there.forward = Peer(layer(edit.p)).train().forward
+    return gm  # type: ignore[no-any-return]
+
+
+def step() -> list[str]:
+    """A training step of ResNet-50, batch 8 at 224, with 36 DropBlocks; and the emitted and stripped nets in eval."""
+    torch.manual_seed(0)
+    gm: Any = apply_recipe(timm.create_model("resnet50"), "dropblock_resnet_g34", total_steps=1)
+    gm.surgery.step()
+    nets = {
+        "plain": timm.create_model("resnet50"),
+        "dropsurgery": gm,
+        "timm": with_peers(lambda p: DropBlock2d(p, 7)),
+        "torchvision": with_peers(lambda p: TorchvisionDropBlock2d(p, 7)),
+    }
+    images = torch.randn(8, 3, 224, 224)
+
+    def trained(net: nn.Module) -> float:
+        begin = time.perf_counter()
+        net(images).sum().backward()
+        taken = time.perf_counter() - begin
+        net.zero_grad()
+        return taken
+
+    def asked(net: nn.Module) -> float:
+        begin = time.perf_counter()
+        with torch.no_grad():
+            net(images)
+        return time.perf_counter() - begin
+
+    training = in_turn({name: net.train() for name, net in nets.items()}, trained)
+    resting = {"plain": nets["plain"], "dropsurgery": gm, "stripped": strip(gm)}
+    testing = in_turn({name: net.eval() for name, net in resting.items()}, asked)
+    missed = []
+    for what, medians, most in (("training step", training, 1.06), ("eval", testing, 1.02)):
+        print(f"\nresnet50, {what}, 8x3x224x224, 36 sites")
+        for name, median in medians.items():
+            print(f"  {name:18}{median * 1e3:9.1f} ms{median / medians['plain']:8.3f}")
+        names = [name for name in medians if name in ("dropsurgery", "stripped")]
+        missed += [f"{what}: {name}" for name in names if medians[name] > most * medians["plain"]]
+    return missed
+
+
+def in_turn(nets: dict[str, nn.Module], call: Callable[[nn.Module], float], rounds: int = 7) -> dict[str, float]:
+    for net in nets.values():
+        call(net)
+    times = [{name: call(net) for name, net in nets.items()} for _ in range(rounds)]
+    return {name: statistics.median(each[name] for each in times) for name in nets}
+
+
+PARTS: dict[str, Callable[[], Iterator[Case]]] = {
+    "blocks": blocks,
+    "many": many,
+    "whole": whole,
+    "shared": shared,
+    "plain": plain,
+    "dropout": dropout,
+}
+
+
+def main(names: list[str]) -> int:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    chosen = names or [*PARTS, "step"]
+    missed = [line for name in chosen if name in PARTS for case in PARTS[name]() for line in tried(case)]
+    if "step" in chosen:
+        missed += step()
+    print("\n" + "\n".join(missed or ["every bound holds"]))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    keep_memory()
+    sys.exit(main(sys.argv[1:]))
