@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import sys
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -299,19 +299,12 @@ def _summary(gm: nn.Module, owners: list[OwnerDiff]) -> Iterator[str]:
     for name, reasons in plan.misses.items():
         yield f"no site for {name}; nearest:"
         yield from (f"  {reason}" for reason in reasons)
-    for rule, count in _eval_rules(gm).items():
+    for rule, count in plan.eval_rules().items():
         yield f"in eval: {rule} at {count} sites"
 
 
 def _node_counts(owners: list[OwnerDiff]) -> tuple[int, int]:
     return sum(len(owner.before) for owner in owners), sum(len(owner.after) for owner in owners)
-
-
-def _eval_rules(gm: nn.Module) -> Counter[str]:
-    """What regularizers do in eval mode, by name, where that is anything."""
-    surgery: Any = gm.surgery
-    rules = (getattr(module, "eval_rule", "identity") for module in surgery.regularizers.values())
-    return Counter(rule for rule in rules if rule != "identity")
 
 
 def _coloured(lines: list[Line]) -> str:
@@ -334,7 +327,7 @@ def _facts(gm: nn.Module) -> dict[str, Any]:
     return {
         **plan_facts(_plan(gm)),
         "nodes": {"before": before, "after": after},
-        "eval_rules": _eval_rules(gm),
+        "eval_rules": _plan(gm).eval_rules(),
         "owners": [
             {
                 "path": owner.path,

@@ -41,7 +41,11 @@ SLOTS = "_surgery"
 """The child under which a module keeps the regularizers of the edits that it owns."""
 OWN: LocalName = (f"{SLOTS}.own", 0)
 """The call of a leaf's own forward in its generated one."""
-_NO_DATA = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@functools.cache
+def _no_data() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)  # at its first use: the first one takes a second to make
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Spec:
     def tensor(self) -> torch.Tensor:
         """A fake tensor like the example, laid out as it was."""
         empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-        return FakeTensor(_NO_DATA, empty, self.device).requires_grad_(self.requires_grad)
+        return FakeTensor(_no_data(), empty, self.device).requires_grad_(self.requires_grad)
 
 
 @dataclass(eq=False)

@@ -281,7 +281,7 @@ class Layer:
         node = match.nodes[self.name]
         if "module" not in node.meta:
             return Miss(f"{called(node)} is a function, and no layer that can be swapped", node)
-        return (Edge(node),)
+        return (Edge(node, layer=True),)
 
 
 def chain(name: str, kinds: Sequence[str]) -> Pattern:

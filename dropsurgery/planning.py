@@ -68,9 +68,7 @@ class Plan:
 
     def eval_rules(self) -> Counter[str]:
         """What regularizers do in eval mode, in words, where that is anything, and at how many sites."""
-        planned = [edit for edit in self.edits if edit.kind != ADOPT]
-        made = (catalogue.load("regularizers", edit.regularizer)(**edit.arguments) for edit in planned)
-        return Counter(regularizer.eval_rule for regularizer in made if regularizer.eval_rule != "identity")
+        return Counter(edit.eval_rule for edit in self.edits if edit.eval_rule != "identity")
 
     def detached(self) -> Plan:
         """The same plan without the graph that its sites point into: what an emitted model carries."""
@@ -142,7 +140,7 @@ def _is_thrown_away(node: fx.Node) -> bool:
 def site_at(at: Edge, pattern: str, edge: str) -> Site:
     """A site with its facts: those of the value that travels there, and the place of the node that it belongs to."""
     node, source = at.node, at.source
-    if is_layer(edge):  # what a layer takes is what its stand-in will take
+    if at.layer:  # what a layer takes is what its stand-in will take
         source = data_inputs(node)[0]
     meta, value = node.meta, source.meta.get("value")
     return Site(
@@ -165,11 +163,6 @@ def site_at(at: Edge, pattern: str, edge: str) -> Site:
         producer=_producer(source),
         at=at,
     )
-
-
-def is_layer(edge: str) -> bool:
-    """Whether an edge of that name is none: the layer itself, for regularizers that stand in for its forward."""
-    return edge == "module" or edge.endswith("_module")
 
 
 def _producer(source: fx.Node) -> tuple[str, ...]:
@@ -257,8 +250,9 @@ class _Planner:
             chosen = self._chosen(entry, candidates)
             if not chosen:
                 self.misses[entry.name] = tuple(self._nearest(entry, candidates))
+            rule = _eval_rule(entry) if chosen else ""
             for site, share in chosen:
-                self._place(entry, self._edit(entry, site, share, schedule))
+                self._place(entry, replace(self._edit(entry, site, share, schedule), eval_rule=rule))
         except SurgeryError as error:
             self.problems.append(f"{where}: {error}")
 
@@ -359,12 +353,20 @@ class _Planner:
                 yield f"{miss.node.meta.get('path', 'the output')}: {miss.reason}"
 
 
+def _eval_rule(entry: Entry) -> str:
+    """What the regularizer of an entry does in eval, in words; it may hang on its arguments."""
+    if entry.insert == ADOPT:
+        return "identity"
+    rule: str = catalogue.load("regularizers", entry.insert)(**entry.arguments).eval_rule
+    return rule
+
+
 def _check_kind(kind: str, entry: Entry, site: Site) -> None:
     """Refuse a regularizer on an edge where its kind of surgery is none."""
     edge = f"{site.pattern}.{site.edge}"
     if kind not in _KINDS:
         raise PlanError(f"{entry.insert} is a {kind!r} regularizer; expected one of {', '.join(_KINDS)}")
-    if (kind == "swap") != is_layer(site.edge):
+    if (kind == "swap") != bool(site.at and site.at.layer):
         layer, tensor = "an edge named 'module' or '…_module' (the layer itself)", "an edge that a tensor travels on"
         wanted = layer if kind == "swap" else tensor
         raise PlanError(f"{site.id}: {entry.insert} ({kind}) needs {wanted}, got {edge}")

@@ -17,11 +17,12 @@ class Edge:
     """Where in a graph: the output of `node` for all its users, or (with `operand`) one argument of it.
 
     `operand` is the position of the argument: an index into `node.args`, or a pair (index, index) for an
-    element of a list argument such as `torch.cat([a, b])`.
+    element of a list argument such as `torch.cat([a, b])`. `layer`: no edge, but the layer that the node calls.
     """
 
     node: fx.Node
     operand: int | tuple[int, int] | None = None
+    layer: bool = False
 
     @property
     def source(self) -> fx.Node:
@@ -66,7 +67,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Edit:
-    """One regularizer at one site: what `rewrite` carries out."""
+    """One regularizer at one site: what `rewrite` carries out. `eval_rule` says in words what it does in eval."""
 
     site: Site
     kind: str
@@ -76,6 +77,7 @@ class Edit:
     entry: str
     arguments: dict[str, Any] = field(default_factory=dict)
     merged: tuple[str, ...] = ()
+    eval_rule: str = "identity"
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from dropsurgery.capture import Captured, Inputs, Level, record
+from dropsurgery.capture import Captured, Inputs, Leaf, Level, Opaque, record
 from dropsurgery.capture.levels import is_leaf, map_tree
 from dropsurgery.emission import OWN_GRAPH, drop_own_hooks, emit_owner, emit_root, empty, own_fields
 from dropsurgery.errors import CaptureError, SurgeryError, SurgeryWarning
 from dropsurgery.forwards import OWN, SLOTS, LocalEdit, leaf_level, lost
-from dropsurgery.graph import local_name, local_names
+from dropsurgery.graph import local_name
 from dropsurgery.records import Edge, Edit
 from dropsurgery.trees import bare, copy_tree
 
@@ -47,9 +47,7 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
         if edit.kind != "adopt":
             path, local = _home(model, calls, edit)
             by_owner[path][replace(local, slot=f"s{len(by_owner[path])}")] = edit
-    _check_training(
-        captured, [edit for homed in by_owner.values() for local, edit in homed.items() if local.name == OWN]
-    )
+    _check_training(captured, by_owner)
     owners = {model.get_submodule(path): path for path in by_owner}
     generated = {model, *owners}
     copies = copy_tree(model, lambda module: empty(type(module)) if module in generated else bare(module))
@@ -68,22 +66,38 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     return root
 
 
-def _check_training(captured: Captured, edits: Sequence[Edit]) -> None:
-    """Refuse edits that the root's leaves carry for it where the root does not call these leaves in training."""
-    root = captured.root
-    homed = [edit for edit in edits if not edit.site.owner and edit.site.at]
-    if not homed or not isinstance(root, Level) or not root.reads_training:
-        return
-    training = record(captured.model, *captured.inputs, training=True)
-    names = local_names(training.graph) if isinstance(training, Level) else None
-    places = [
-        LocalEdit(local_name(edit.site.at.node.meta["level_node"]), None, "", edit.site.id)
-        for edit in homed
-        if edit.site.at
-    ]
-    missing = [place for place in places if names is not None and place.name not in names]
-    if missing:
-        raise CaptureError(lost(captured.model, missing))
+def _check_training(captured: Captured, homes: Mapping[str, Collection[LocalEdit]]) -> None:
+    """Refuse edits in modules that are called in eval alone: in training nothing would tell that they never run."""
+    levels = [level for calls in captured.view.levels.values() for level in calls]
+    by_mode = {
+        id(level): _called_in_training(captured, level)
+        for level in levels
+        if level.reads_training and any(_below(home, child) for child in _called(level) for home in homes)
+    }
+    trained = {path for level in levels for path in by_mode.get(id(level), _called(level))} if by_mode else set()
+    for level in levels:
+        left_out = _called(level) - trained if id(level) in by_mode else set()
+        missing = [edit for path in left_out for home, edits in homes.items() if _below(home, path) for edit in edits]
+        if missing:
+            raise CaptureError(lost(level.module, missing))
+
+
+def _called(call: Level | Opaque | Leaf) -> set[str]:
+    """The paths of the modules that a forward calls itself."""
+    if isinstance(call, Level):
+        return {child.path for child in call.children.values()}
+    return {part.call.path for part in call.components} if isinstance(call, Opaque) else set()
+
+
+def _called_in_training(captured: Captured, level: Level) -> set[str]:
+    try:
+        return _called(record(captured.model, *level.inputs, path=level.path, training=True))
+    except CaptureError:  # it takes no such input in training: no training leaves anything out
+        return _called(level)
+
+
+def _below(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
 
 
 def _adopt(layer: nn.Module, edit: Edit) -> None:
@@ -184,8 +198,7 @@ def strip(gm: nn.Module) -> nn.Module:
 def _tell_what_is_lost(gm: nn.Module) -> None:
     """Warn of what regularizers do in eval: a stripped model does not."""
     surgery: Any = gm.surgery
-    rules = Counter(getattr(regularizer, "eval_rule", "identity") for regularizer in surgery.regularizers.values())
-    del rules["identity"]
+    rules = surgery.plan.eval_rules()
     if rules:
         done = "; ".join(f"{rule} ({count} sites)" for rule, count in rules.items())
         warnings.warn(

@@ -269,3 +269,47 @@ def test_a_layer_that_the_root_does_not_call_in_training(edge: str) -> None:
     entry = {"name": "a", "pattern": "linear", "edge": edge, "insert": "dropout"}
     with pytest.raises(CaptureError, match=f"does not pass fc#0:linear.{edge}"):
         apply_recipe(SkipsInTraining(), {"version": 1, "entries": [entry]}, example_inputs=torch.zeros(2, 4))
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class SkipsABlock(nn.Module):
+    """Calls its block, which owns the edit, in eval only; or each of two in one mode."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.block = Unit()
+        self.other = Unit() if other else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(x) if self.training else self.block(x)
+
+
+@pytest.mark.parametrize("outer", [lambda net: net, nn.Sequential], ids=["root", "within"])
+@pytest.mark.parametrize("other", [False, True])
+def test_a_block_that_is_called_in_eval_alone(other: bool, outer: Callable[[nn.Module], nn.Module]) -> None:
+    entry = {"name": "a", "pattern": "conv_bn_act", "insert": "dropout"}
+    with pytest.raises(CaptureError, match=r"the forward of SkipsABlock does not pass .*block\.act#0"):
+        apply_recipe(
+            outer(SkipsABlock(other)), {"version": 1, "entries": [entry]}, example_inputs=torch.zeros(2, 4, 8, 8)
+        )
+
+
+def test_a_block_that_another_call_runs_in_training() -> None:
+    class Twice(SkipsABlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.block(x))
+
+    entry = {"name": "a", "pattern": "conv_bn_act", "insert": "dropout"}
+    model = Twice(other=False)
+    gm = apply_recipe(model, {"version": 1, "entries": [entry]}, example_inputs=torch.zeros(2, 4, 8, 8))
+    with gm.surgery.active(p=0.5):
+        x = torch.randn(2, 4, 8, 8)
+        assert not torch.equal(gm.train()(x), gm(x))

@@ -21,7 +21,7 @@ from dropsurgery.analysis.traces import NotComparable
 from dropsurgery.capture import Captured, capture
 from dropsurgery.errors import PlanError, SurgeryError
 from dropsurgery.models import example_inputs, family, make_model
-from dropsurgery.planning import Sites, is_layer, plan
+from dropsurgery.planning import Sites, plan
 from dropsurgery.recipe import Recipe, load_recipe
 from dropsurgery.records import Site, TensorFact
 from dropsurgery.rewriting import strip
@@ -196,12 +196,14 @@ def everywhere(found: dict[str, dict[str, list[Site]]]) -> dict[str, Any]:
         }
         for pattern, edges in found.items()
         for edge, sites in edges.items()
-        if sites and not is_layer(edge) and all(map(_holds_numbers, sites))
+        if sites and all(map(_holds_numbers, sites))
     ]
     return {"version": 1, "name": "everywhere", "entries": entries}
 
 
 def _holds_numbers(site: Site) -> bool:
+    if site.at and site.at.layer:
+        return False
     value = site.at.source.meta.get("value") if site.at else None
     return isinstance(value, TensorFact) and bool(value.dtype.is_floating_point)
 

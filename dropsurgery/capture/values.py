@@ -144,19 +144,13 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
                 self._of_functions[key] = map_tree(result, lambda v: _twin(v) if isinstance(v, torch.Tensor) else v)
         return result
 
-    def _copy(self, twin: Any, device: torch.device) -> Any:
-        if not isinstance(twin, torch.Tensor):
-            return twin
-        return self._fake(torch.empty_strided(twin.size(), twin.stride(), dtype=twin.dtype, device="meta"), device)
-
-    def _bare(self, weight: Any, device: torch.device) -> Any:
-        """A fake tensor like a layer's own, which the leaf cannot change; anything else as it is."""
-        if not isinstance(weight, torch.Tensor):
-            return weight
+    def _copy(self, item: Any, device: torch.device) -> Any:
+        """A fake tensor laid out like another tensor, on a device; anything else as it is."""
+        if not isinstance(item, torch.Tensor):
+            return item
         with torch._C.DisableTorchFunction():
-            return self._fake(
-                torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device="meta"), device
-            )
+            elem = torch.empty_strided(item.size(), item.stride(), dtype=item.dtype, device="meta")
+            return self._fake(elem, device)
 
     def _on_meta(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fakes: dict[int, torch.Tensor] = {}
@@ -206,7 +200,7 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
                     return self.like(args[0], shape)
                 call = _leaf_call(module)
             if call is not None:
-                weights = [self._bare(item, args[0].device) for item in call[1]]
+                weights = [self._copy(item, args[0].device) for item in call[1]]
                 result = self._by_meta(call[0], (args[0], *weights), {})
                 if result is not NotImplemented:
                     return result

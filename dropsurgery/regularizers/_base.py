@@ -34,6 +34,12 @@ def check_rate(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def check_count(name: str, value: object, least: int) -> None:
+    """A SurgeryError unless `value` is an integer of `least` or more."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(is_count, name, f"an integer of {least} or more", value)
+
+
 def rate_tensor(p: float | Tensor, device: torch.device) -> Tensor:
     """Return `p` as a 0-dim tensor; a SurgeryError if it is a number out of [0, 1] (tensors are not read)."""
     return p if isinstance(p, Tensor) else torch.tensor(check_rate("p", p), dtype=torch.float32, device=device)

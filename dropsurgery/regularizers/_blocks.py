@@ -266,6 +266,11 @@ class _Eager(torch.autograd.Function):
         return _Eager.apply(grad, ctx.draw, ctx.scale, marks), None, None, None
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether something looks on at what is done to `x`, so that its values must not be read."""
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN or _get_current_dispatch_mode() is not None
+
+
 def run(
     x: Tensor,
     p: Tensor,
@@ -278,7 +283,7 @@ def run(
 ) -> Tensor:
     """Drop blocks of `x` on the CPU: by the operator where something traces, else directly."""
     key = fresh_key() if key is None else key
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or _get_current_dispatch_mode() is not None:
+    if is_traced(x):
         y: Tensor = drop_blocks(x, p, key, block, share_channels, exact, counted, scaled)[0]
         return y
     plan = _planned(x, p, key, block, share_channels, exact, counted, scaled)

@@ -13,6 +13,23 @@ MAPS = "maps (B, C, L), (B, C, H, W) or (B, C, D, H, W), or with channels at the
 TOKENS = f"{MAPS}, as tokens (B, N, C)"
 
 
+def extent(shape: tuple[int, ...], channel_axis: int) -> tuple[int, int]:
+    """Return (H, W) of maps (B, C, H, W), or (B, H, W, C) with `channel_axis` -1."""
+    return (shape[2], shape[3]) if channel_axis == 1 else (shape[1], shape[2])
+
+
+def require_images(
+    name: str, site_id: str, shape: tuple[int, ...], channel_axis: int | None, what: str = "maps", use: str = "dropout"
+) -> int:
+    """Return the channel axis; a SurgeryError unless there is one, and two axes of positions."""
+    if len(shape) != 4 or channel_axis is None:
+        raise SurgeryError(
+            f"{name} at {site_id}: expected {what} (B, C, H, W) or (B, H, W, C), got a tensor of shape {shape} with "
+            f"channel axis {channel_axis}; use {use} there"
+        )
+    return channel_axis
+
+
 def channels_at(x: Tensor, channel_axis: int | None, name: str) -> int:
     """Return the axis of the channels of maps, counted from the front; by None it is 1.
 

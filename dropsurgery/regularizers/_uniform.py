@@ -34,9 +34,13 @@ def _(shape: Sequence[int], device: torch.device, key: Tensor) -> Tensor:
     return torch.empty(shape, device=device, dtype=torch.float32)
 
 
+def scale_of(p: Tensor) -> Tensor:
+    """Return 1 / (1 - p); at p = 1, where nothing is kept, it only has to be finite."""
+    return 1 / (1 - p).clamp(min=torch.finfo(p.dtype).tiny)
+
+
 def keep_scale(shape: Sequence[int], p: Tensor, like: Tensor, key: Tensor | None, *, rescale: bool = True) -> Tensor:
     """Return a factor of `shape`, in the dtype of `like`: 0 with probability `p`, else 1 / (1 - p) or 1."""
     kept = uniform(shape, like.device, key) >= p
-    # At p = 1 nothing is kept, and the scale only has to be finite.
-    scale = 1 / (1 - p).clamp(min=torch.finfo(p.dtype).tiny) if rescale else torch.ones_like(p)
+    scale = scale_of(p) if rescale else torch.ones_like(p)
     return torch.where(kept, scale, 0).to(like.dtype)

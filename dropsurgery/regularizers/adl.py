@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._maps import extent, require_images
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -72,12 +73,8 @@ class ADL(Regularizer):
 
     def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
         """Take the facts; a SurgeryError unless the tensor is a batch of maps of more than one point."""
-        if len(shape) != 4 or channel_axis is None:
-            raise SurgeryError(
-                f"adl at {site_id}: expected maps (B, C, H, W) or (B, H, W, C), got a tensor of shape {shape} with "
-                f"channel axis {channel_axis}; use dropout there"
-            )
-        if tuple(shape[2:] if channel_axis == 1 else shape[1:3]) == (1, 1):
+        axis = require_images("adl", site_id, shape, channel_axis)
+        if extent(shape, axis) == (1, 1):
             raise SurgeryError(
                 f"adl at {site_id}: expected maps of more than one point, got shape {shape}, whose only point would be "
                 "hidden whole; use dropout there"

@@ -22,7 +22,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
-from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._base import Rate, Regularizer, check_count, rate_tensor, require
+from dropsurgery.regularizers._maps import extent, require_images
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -49,7 +50,7 @@ def cutout(
     """
     require(x.dim() == 4, "input of cutout", "4 dimensions (B, C, H, W) or (B, H, W, C)", tuple(x.shape))
     _check(length, n_holes)
-    height, width = _size(x.shape, channel_axis)
+    height, width = extent(x.shape, channel_axis)
     # One draw for all: an image's coin, and the centres of its holes.
     numbers = uniform((x.shape[0], 1 + 2 * n_holes), x.device, key)
     cut = numbers[:, :1] < rate_tensor(p, x.device)
@@ -82,12 +83,8 @@ class Cutout(Regularizer):
 
     def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
         """Take the facts; a SurgeryError unless the tensor is a batch of images that a hole leaves something of."""
-        if len(shape) != 4 or channel_axis is None:
-            raise SurgeryError(
-                f"cutout at {site_id}: expected images (B, C, H, W) or (B, H, W, C), got a tensor of shape {shape} "
-                f"with channel axis {channel_axis}; use input_dropout there"
-            )
-        height, width = _size(shape, channel_axis)
+        axis = require_images("cutout", site_id, shape, channel_axis, "images", "input_dropout")
+        height, width = extent(shape, axis)
         if self.length // 2 >= max(height, width):
             raise SurgeryError(
                 f"cutout at {site_id}: expected a length below {2 * max(height, width)}, at which a hole covers the "
@@ -103,7 +100,7 @@ class Cutout(Regularizer):
 
     def expected_drop(self, shape: tuple[int, ...]) -> float:
         """Return the expected share of blank pixels for images of `shape`, counted over all centres."""
-        high, wide = (_hits(size, self.length) / size for size in _size(shape, self.channel_axis))
+        high, wide = (_hits(size, self.length) / size for size in extent(shape, self.channel_axis))
         spared = (1 - torch.outer(high, wide)) ** self.n_holes
         return self._rates["p"] * float((1 - spared).mean())
 
@@ -113,14 +110,8 @@ class Cutout(Regularizer):
 
 
 def _check(length: int, n_holes: int) -> None:
-    for name, value, least in (("length", length, 2), ("n_holes", n_holes, 1)):
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        require(is_count, name, f"an integer of {least} or more", value)
-
-
-def _size(shape: tuple[int, ...], channel_axis: int) -> tuple[int, int]:
-    """(H, W)."""
-    return (shape[2], shape[3]) if channel_axis == 1 else (shape[1], shape[2])
+    check_count("length", length, 2)
+    check_count("n_holes", n_holes, 1)
 
 
 def _spans(numbers: Tensor, size: int, length: int) -> Tensor:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
-from dropsurgery.regularizers._base import Rate, rate_tensor, require
+from dropsurgery.regularizers._base import Rate, check_count, rate_tensor, require
 from dropsurgery.regularizers._blocks import run
 from dropsurgery.regularizers._coverage import (
     exact_probability,
@@ -138,8 +138,7 @@ class DropBlock(MapRegularizer):
 
 
 def _check(block_size: int, gamma: Gamma, clamp: Clamp) -> None:
-    is_size = isinstance(block_size, int) and not isinstance(block_size, bool) and block_size >= 1
-    require(is_size, "block_size", "an integer of 1 or more", block_size)
+    check_count("block_size", block_size, 1)
     require(gamma in ("paper", "exact"), "gamma", "'paper' or 'exact'", gamma)
     require(clamp in ("dimension", "square"), "clamp", "'dimension' or 'square'", clamp)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor
 from dropsurgery.regularizers._blocks import fresh_key
+from dropsurgery.regularizers._uniform import scale_of
 
 
 def gaussian_dropout(x: Tensor, p: float | Tensor, *, key: Tensor | None = None) -> Tensor:
@@ -61,8 +62,7 @@ class GaussianDropout(Regularizer):
 
 
 def _times(x: Tensor, normal: Tensor, p: Tensor) -> Tensor:
-    # At p = 1 the deviation only has to be finite.
-    deviation = (p / (1 - p).clamp(min=torch.finfo(p.dtype).tiny)).sqrt()
+    deviation = (p * scale_of(p)).sqrt()
     return (x * (normal * deviation + 1) * (p < 1)).to(x.dtype)
 
 

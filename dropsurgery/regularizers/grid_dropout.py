@@ -19,7 +19,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
-from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._base import Rate, Regularizer, check_count, rate_tensor, require
+from dropsurgery.regularizers._maps import extent, require_images
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -33,8 +34,8 @@ def grid_dropout(
     (B, grid, grid). A SurgeryError if `x` is not of rank 4, or an argument is out of range.
     """
     require(x.dim() == 4, "input of grid_dropout", "4 dimensions (B, C, H, W) or (B, H, W, C)", tuple(x.shape))
-    _check(grid)
-    height, width = (x.shape[2], x.shape[3]) if channel_axis == 1 else (x.shape[1], x.shape[2])
+    check_count("grid", grid, 1)
+    height, width = extent(x.shape, channel_axis)
     black = uniform((x.shape[0], grid, grid), x.device, key) < rate_tensor(p, x.device)
     kept = black.logical_not().to(torch.uint8)
     for axis, size in ((2, width), (1, height)):  # the rows last: they are copied whole
@@ -66,18 +67,14 @@ class GridDropout(Regularizer):
 
     def __init__(self, p: Rate = 0.1, grid: Annotated[int, Ge(1)] = 8) -> None:
         super().__init__(p=p)
-        _check(grid)
+        check_count("grid", grid, 1)
         self.grid = grid
         self.last_grid: Tensor | None = None
 
     def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
         """Take the facts; a SurgeryError unless the tensor is a batch of images that each cell has a pixel of."""
-        if len(shape) != 4 or channel_axis is None:
-            raise SurgeryError(
-                f"grid_dropout at {site_id}: expected images (B, C, H, W) or (B, H, W, C), got a tensor of shape "
-                f"{shape} with channel axis {channel_axis}; use input_dropout there"
-            )
-        least = min(shape[2:] if channel_axis == 1 else shape[1:3])
+        axis = require_images("grid_dropout", site_id, shape, channel_axis, "images", "input_dropout")
+        least = min(extent(shape, axis))
         if least < self.grid:
             raise SurgeryError(
                 f"grid_dropout at {site_id}: expected a grid of {least} or less on images of shape {shape}, got "
@@ -100,8 +97,3 @@ class GridDropout(Regularizer):
     def extra_repr(self) -> str:
         """Return the rate, and the cells along an axis."""
         return f"{super().extra_repr()}, grid={self.grid}"
-
-
-def _check(grid: int) -> None:
-    is_count = isinstance(grid, int) and not isinstance(grid, bool) and grid >= 1
-    require(is_count, "grid", "an integer of 1 or more", grid)

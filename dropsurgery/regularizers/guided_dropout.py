@@ -32,7 +32,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from dropsurgery.errors import SurgeryError
-from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._base import Rate, Regularizer, check_count, rate_tensor, require
 from dropsurgery.regularizers._uniform import uniform
 
 Mode = Literal["top_k", "dr"]
@@ -105,9 +105,9 @@ class GuidedDropout(Regularizer):
     ) -> None:
         super().__init__(p=p)
         _check_mode(mode)
-        _check_count("warmup", warmup, 0)
+        check_count("warmup", warmup, 0)
         if channels is not None:
-            _check_count("channels", channels, 1)
+            check_count("channels", channels, 1)
         self.mode = mode
         self.warmup = warmup
         self.random = mode == "dr"
@@ -180,11 +180,6 @@ class GuidedDropout(Regularizer):
 
 def _check_mode(mode: Mode) -> None:
     require(mode in ("top_k", "dr"), "mode", "'top_k' or 'dr'", mode)
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(is_count, name, f"an integer of {least} or more", value)
 
 
 def _times(x: Tensor, strength: Tensor, channel_axis: int, kept: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._uniform import uniform
+from dropsurgery.regularizers._uniform import scale_of, uniform
 from dropsurgery.regularizers.dropout import dropout
 
 Unit = Literal["element", "pixel"]
@@ -43,9 +43,7 @@ def input_dropout(
     shape = list(x.shape)
     shape[channel_axis] = 1
     kept = (uniform(shape, x.device, key) >= rate).view(torch.uint8)
-    # At p = 1 nothing is kept, and the scale only has to be finite.
-    scale = 1 / (1 - rate).clamp(min=torch.finfo(rate.dtype).tiny)
-    return x * kept * scale.to(x.dtype)  # bytes first: they are all that backward needs
+    return x * kept * scale_of(rate).to(x.dtype)  # bytes first: they are all that backward needs
 
 
 class InputDropout(Regularizer):

@@ -20,8 +20,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
-from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._uniform import keep_scale
+from dropsurgery.regularizers._base import Rate, Regularizer, require
+from dropsurgery.regularizers.stochastic_depth import stochastic_depth
 
 
 def scheduled_drop_path(x: Tensor, p: float | Tensor, *, key: Tensor | None = None) -> Tensor:
@@ -31,7 +31,7 @@ def scheduled_drop_path(x: Tensor, p: float | Tensor, *, key: Tensor | None = No
     A SurgeryError if `x` has no batch, or `p` is a number out of [0, 1].
     """
     require(x.dim() > 0, "input of scheduled_drop_path", "a batch (B, ...)", tuple(x.shape))
-    return x * keep_scale([x.shape[0]] + [1] * (x.dim() - 1), rate_tensor(p, x.device), x, key)
+    return stochastic_depth(x, p, "row", key=key)
 
 
 class ScheduledDropPath(Regularizer):

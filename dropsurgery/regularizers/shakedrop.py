@@ -23,11 +23,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._blocks import fresh_key
+from dropsurgery.regularizers._blocks import fresh_key, is_traced
 from dropsurgery.regularizers._uniform import uniform
 
 Level = Literal["batch", "image", "channel", "pixel"]
@@ -107,8 +106,7 @@ def _(shape: Sequence[int], key: Tensor) -> Tensor:
 
 def _can_look(gate: Tensor) -> bool:
     """Whether the value of a tensor costs nothing and is not to be kept open for a compiler or tracer."""
-    tracing = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-    return type(gate) is Tensor and gate.device.type == "cpu" and not tracing
+    return gate.device.type == "cpu" and not is_traced(gate)
 
 
 class _Shaken(torch.autograd.Function):

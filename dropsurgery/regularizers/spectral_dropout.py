@@ -20,9 +20,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._uniform import uniform
+from dropsurgery.regularizers._maps import extent, require_images
+from dropsurgery.regularizers._uniform import scale_of, uniform
 
 
 def spectral_dropout(
@@ -41,9 +41,7 @@ def spectral_dropout(
         down, right = (_cosines(size, maps) for size in maps.shape[2:])
         spectrum = torch.einsum("ih,bchw,jw->bcij", down, maps.contiguous(), right)
         kept = _strong(spectrum.detach(), weak) & (uniform(spectrum.shape, x.device, key) >= drop)
-        # At p = 1 nothing is kept, and the scale only has to be finite.
-        scale = 1 / (1 - drop).clamp(min=torch.finfo(drop.dtype).tiny)
-        left = spectrum * scale.to(spectrum.dtype) * kept
+        left = spectrum * scale_of(drop).to(spectrum.dtype) * kept
         y = torch.einsum("ih,bcij,jw->bchw", down, left, right)
     return _like(y.to(x.dtype).movedim(1, channel_axis), x)
 
@@ -70,11 +68,7 @@ class SpectralDropout(Regularizer):
 
     def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
         """Take the facts; a SurgeryError unless the tensor is a batch of maps whose channel axis is known."""
-        if len(shape) != 4 or channel_axis is None:
-            raise SurgeryError(
-                f"spectral_dropout at {site_id}: expected maps (B, C, H, W) or (B, H, W, C), got a tensor of shape "
-                f"{shape} with channel axis {channel_axis}; use dropout there"
-            )
+        require_images("spectral_dropout", site_id, shape, channel_axis)
         super().build(channel_axis=channel_axis, channels=channels, shape=shape, site_id=site_id)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,8 +79,7 @@ class SpectralDropout(Regularizer):
 
     def expected_drop(self, shape: tuple[int, ...]) -> float:
         """Return the expected share of coefficients that are dropped from maps of `shape`."""
-        height, width = shape[2:] if self.channel_axis == 1 else shape[1:3]
-        cells = height * width
+        cells = math.prod(extent(shape, self.channel_axis))
         weak = math.floor(self._rates["p_weak"] * cells + _ROUNDING) / cells
         return weak + (1 - weak) * self._rates["p"]
 

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer
+from dropsurgery.regularizers._blocks import is_traced
 from dropsurgery.regularizers._hosts import own_class, require_host
 from dropsurgery.regularizers._uniform import uniform
 
@@ -172,8 +172,7 @@ class StochasticPooling(Regularizer):
         return *sizes, host.ceil_mode
 
     def _refuse_negative(self, x: Tensor) -> None:
-        traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-        if x.device.type == "cpu" and not traced and x.numel() and float(x.detach().amin()) < 0:
+        if x.device.type == "cpu" and not is_traced(x) and x.numel() and float(x.detach().amin()) < 0:
             raise SurgeryError(
                 f"stochastic_pooling at {self.site_id or 'a layer'}: expected an input that is never negative (that of "
                 "a ReLU), got negative elements; leave this layer as it is (`where: {exclude: …}`)"

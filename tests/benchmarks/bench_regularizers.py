@@ -63,33 +63,37 @@ def ours(name: str, **options: Any) -> Call:
     return layer
 
 
-def against_blocks(what: str, shape: tuple[int, ...], k: int, p: float, faster: float, limit: Bound) -> Case:
+def against_blocks(what: str, shape: tuple[int, ...], k: int, p: float, *bounds: Bound) -> Case:
     calls: dict[str, Call] = {
         "dropsurgery": ours("dropblock", p=p, block_size=k),
         "torchvision": lambda x: drop_block2d(x, p, k),
         "timm": lambda x: drop_block_2d(x, p, k, couple_channels=False),
     }
-    return Case(what, shape, calls, (Bound("dropsurgery", "torchvision", 1 / faster), limit))
+    return Case(what, shape, calls, bounds)
+
+
+def faster(peer: str, times: float) -> Bound:
+    return Bound("dropsurgery", peer, 1 / times)
 
 
 def blocks() -> Iterator[Case]:
     cases = [((32, 256, 14, 14), 10, 4.0), ((32, 256, 28, 28), 12, 3.5), ((8, 64, 112, 112), 14, 3.2)]
-    for shape, faster, most in cases:
-        case = against_blocks("k = 7, p = 0.1", shape, 7, 0.1, faster, Bound("dropsurgery", "x * c", most))
-        yield Case(case.what, shape, case.calls, (*case.bounds, Bound("dropsurgery", "timm", 1 / faster)))
+    for shape, times, most in cases:
+        bounds = faster("torchvision", times), faster("timm", times), Bound("dropsurgery", "x * c", most)
+        yield against_blocks("k = 7, p = 0.1", shape, 7, 0.1, *bounds)
 
 
 def many() -> Iterator[Case]:
     for p in (0.02, 0.3, 0.5):
         for k in (1, 3, 5):
-            limit = Bound("dropsurgery", "x * c", 7.0)
-            yield against_blocks(f"k = {k}, p = {p}", (32, 256, 14, 14), k, p, 1.5 if k == 1 else 3.0, limit)
+            bounds = faster("torchvision", 1.5 if k == 1 else 3.0), Bound("dropsurgery", "x * c", 7.0)
+            yield against_blocks(f"k = {k}, p = {p}", (32, 256, 14, 14), k, p, *bounds)
 
 
 def whole() -> Iterator[Case]:
     limit = Bound("dropsurgery", "x * c", 2.5, slack=0.25e-3)
-    case = against_blocks("k = 7, p = 0.1, the whole map", (32, 512, 7, 7), 7, 0.1, 15, limit)
-    yield Case(case.what, case.shape, case.calls, (*case.bounds, Bound("dropsurgery", "timm", 1 / 15)))
+    bounds = faster("torchvision", 15), faster("timm", 15), limit
+    yield against_blocks("k = 7, p = 0.1, the whole map", (32, 512, 7, 7), 7, 0.1, *bounds)
 
 
 def shared() -> Iterator[Case]:
@@ -167,24 +171,11 @@ def tried(case: Case) -> list[str]:
 
 
 # -- a whole net ---------------------------------------------------------------------------------------------------
-class Peer(nn.Module):
-    """A peer's layer at the sites of ours."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layer(x)
-        return result
-
-
 def with_peers(layer: Callable[[float], nn.Module]) -> nn.Module:
     """ResNet-50 with a peer's layer at the 36 sites of the recipe."""
     gm: Any = apply_recipe(timm.create_model("resnet50"), "dropblock_resnet_g34", total_steps=1)
     for edit in gm.surgery.plan.edits:
-        ours_there = gm.surgery.regularizers[edit.site.id]
-        ours_there.forward = Peer(layer(edit.p)).train().forward
+        gm.surgery.regularizers[edit.site.id].forward = layer(edit.p).train()
     return gm  # type: ignore[no-any-return]
 
 
