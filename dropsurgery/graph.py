@@ -8,7 +8,9 @@ y = f(x); g(y)            swap(f)               y = new(x); g(y)
 
 from __future__ import annotations
 
+import functools
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,11 +30,19 @@ def add_node(
     graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
 ) -> fx.Node:
     """`Graph.create_node` in half its time: that one looks for symbolic numbers in all arguments, where none can be."""
-    node = graph.create_node(op, target)
+    node = graph.create_node(op, target, name=_word(target if isinstance(target, str) else target.__name__))
     node.args = args
     if kwargs:
         node.kwargs = kwargs
     return node
+
+
+@functools.lru_cache(maxsize=4096)
+def _word(called: str) -> str:
+    """What fx names a node after: the name of what it calls, as a Python word in snake case."""
+    word = called[2:-2] if called.startswith("__") and called.endswith("__") else called
+    snake = re.sub("(?<=[a-z])([A-Z])", r"_\1", word).lower()
+    return re.sub("[^0-9a-zA-Z_]+", "_", snake)
 
 
 def local_names(graph: fx.Graph) -> dict[LocalName, fx.Node]:

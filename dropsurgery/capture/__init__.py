@@ -22,7 +22,7 @@ from dropsurgery.capture.levels import Inputs, Leaf, Level, Opaque
 from dropsurgery.capture.recorder import record
 from dropsurgery.capture.view import FlatView, flat_view
 from dropsurgery.errors import CaptureError
-from dropsurgery.trees import own_class
+from dropsurgery.trees import own_class, paths_of
 
 __all__ = ["Captured", "Inputs", "Leaf", "Level", "Opaque", "capture", "record"]
 
@@ -86,7 +86,8 @@ def refuse_unfit(model: Any) -> None:
     """Raise CaptureError for what is no plain tree of modules."""
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for path, module in model.named_modules():
+    checked: set[type] = set()
+    for module, (path, *_) in paths_of(model).items():
         where = f"'{path}' is" if path else "the model is"
         if own_class(module) is not type(module):
             raise CaptureError(
@@ -96,11 +97,12 @@ def refuse_unfit(model: Any) -> None:
             raise CaptureError(f"{where} scripted (TorchScript), which has no Python forward: apply the recipe first")
         if isinstance(module, OptimizedModule) or module.__dict__.get("_compiled_call_impl") is not None:
             raise CaptureError(f"{where} compiled: apply the recipe to the plain model, then torch.compile the result")
-        if _parallel(module):
+        if type(module) not in checked and _parallel(module):
             raise CaptureError(
                 f"{where} wrapped for parallel training ({type(module).__name__}): apply the recipe "
                 "to the plain module, then wrap the result"
             )
+        checked.add(type(module))
 
 
 def _parallel(module: nn.Module) -> bool:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # What gives as many tensors as a size says.
 _BY_SIZE = frozenset({"unbind", "split", "chunk"})
 _NOTHING = object()
+# Asked by type: `isinstance` of a stand-in asks it for the class of what it stands for, which takes longer.
+_STAND_INS = frozenset((Traced, TracedItem))
+_CONSTANTS = frozenset((int, float, bool, str, type(None)))
 
 
 @dataclass(frozen=True)
@@ -349,6 +352,10 @@ class Frame:
 
     def to_nodes(self, tree: Any) -> Any:
         kind = type(tree)
+        if kind in _STAND_INS:
+            return self._to_node(tree)
+        if kind in _CONSTANTS:
+            return tree
         if kind in (list, tuple):
             return kind([self.to_nodes(item) for item in tree])
         if isinstance(tree, dict):
@@ -363,7 +370,7 @@ class Frame:
         return self.graph.call_function(kind, (items,))
 
     def _to_node(self, item: Any) -> Any:
-        if isinstance(item, Traced):
+        if type(item) in _STAND_INS:
             if item._frame is not self:
                 raise Untraceable("a tensor comes from another module's forward by a way that is no argument")
             return item._node
@@ -387,7 +394,7 @@ class Frame:
         return self._attributes[name]
 
     def to_values(self, tree: Any) -> Any:
-        return map_tree(tree, lambda item: item._value if isinstance(item, Traced) else item)
+        return map_tree(tree, lambda item: item._value if type(item) in _STAND_INS else item)
 
 
 def under(context: Callable[..., Any], options: tuple[Any, ...], function: Callable[..., Any], *inputs: Any) -> Any:
@@ -425,7 +432,7 @@ def placeholders(
     frame: Frame, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Make the graph's placeholders after the forward's own signature; give the stand-ins to call it with."""
-    signature = inspect.signature(forward)
+    signature = frame.recorder.signature_of(forward)
     bound = signature.bind(*args, **kwargs)
     for parameter in signature.parameters.values():
         name = parameter.name

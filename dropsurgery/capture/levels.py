@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from dropsurgery.capture.traced import Traced, TracedItem
 from dropsurgery.trees import own_class
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -101,7 +102,9 @@ class Component:
     output: Any
 
 
-_PLAIN = frozenset((torch.Tensor, FakeTensor, nn.Parameter, fx.Node, int, float, bool, str, type(None)))
+_PLAIN = frozenset(
+    (torch.Tensor, FakeTensor, nn.Parameter, fx.Node, Traced, TracedItem, int, float, bool, str, type(None))
+)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -117,12 +120,14 @@ def map_tree(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     kind = type(tree)
     if kind in _PLAIN:  # most are: the questions below cost more
         return leaf(tree)
+    if kind is tuple:
+        return tuple([leaf(item) if type(item) in _PLAIN else map_tree(item, leaf) for item in tree])
+    if kind in (list, immutable_list):
+        return [leaf(item) if type(item) in _PLAIN else map_tree(item, leaf) for item in tree]
+    if kind in (dict, immutable_dict):
+        return {key: map_tree(item, leaf) for key, item in tree.items()} if tree else {}
     if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
         return tuple(map_tree(item, leaf) for item in tree)
-    if kind in (list, immutable_list):
-        return [map_tree(item, leaf) for item in tree]
-    if kind in (dict, immutable_dict):
-        return {key: map_tree(item, leaf) for key, item in tree.items()}
     if kind is slice:
         return slice(map_tree(tree.start, leaf), map_tree(tree.stop, leaf), map_tree(tree.step, leaf))
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):

@@ -31,7 +31,7 @@ from dropsurgery.capture.values import Values
 from dropsurgery.capture.watching import draws, same_draws, watched
 from dropsurgery.errors import CaptureError
 from dropsurgery.graph import IN_PLACE
-from dropsurgery.trees import HOOKS, collectors_of, copy_tree, home_of_hook, paths_of
+from dropsurgery.trees import collectors_of, copy_tree, home_of_hook, hooks_of, paths_of
 
 _LOCK = threading.RLock()
 
@@ -65,7 +65,9 @@ class Recorder(TorchFunctionMode):
         self.start = self.root.get_submodule(start)
         self.watches_draws = watches_draws
         self._refused: dict[str, str] = {}
-        collectors = collectors_of(self.root) if collectors_of(root) else []
+        self._signatures: dict[Any, inspect.Signature] = {}
+        hooked = [(copy, name) for module, copy in copies.items() for name in hooks_of(module)]
+        collectors = collectors_of(self.root) if hooked else []
         self._collectors = {id(collector) for collector in collectors}
         packages = set(filter(_is_installed, {_package(type(module)) for module in copies} - {"torch"}))
         for probe in self.original:
@@ -75,10 +77,10 @@ class Recorder(TorchFunctionMode):
             if training is not None:
                 fields["training"] = training
             fields["_recorder"] = self
-            for name in HOOKS:
-                hooks = fields.get(name) or {}
-                for key in [key for key, hook in hooks.items() if not self._is_own(hook, packages)]:
-                    del hooks[key]
+        for probe, name in hooked:
+            hooks = probe.__dict__[name]
+            for key in [key for key, hook in hooks.items() if not self._is_own(hook, packages)]:
+                del hooks[key]
 
     def _same_draws(self) -> Any:
         return same_draws() if self.watches_draws else nullcontext()
@@ -125,6 +127,14 @@ class Recorder(TorchFunctionMode):
         if not below:
             raise Untraceable(f"calls module '{self._paths[probe][0]}', which is not below it")
         return below
+
+    def signature_of(self, forward: Any) -> inspect.Signature:
+        """The signature of a forward; to ask for it takes long, and a class has one for all its modules."""
+        if type(forward) is not functools.partial or len(forward.args) != 1 or forward.keywords:
+            return inspect.signature(forward)
+        if forward.func not in self._signatures:
+            self._signatures[forward.func] = inspect.signature(forward)
+        return self._signatures[forward.func]
 
     # -- calls ------------------------------------------------------------------------------------------------
     def _shielded(self, probe: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ def find_spaces(flow: Dataflow) -> dict[fx.Node, Space]:
 
 def main_input(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space]) -> fx.Node:
     """The input whose map a node goes on with: the query of an attention, else the largest (not a gate)."""
-    if node.target in _ATTENTION or isinstance(node.meta.get("module"), nn.MultiheadAttention):
+    if len(inputs) == 1 or node.target in _ATTENTION or isinstance(node.meta.get("module"), nn.MultiheadAttention):
         return inputs[0]
     return max(inputs, key=lambda source: (math.prod(shape_of(source) or ()), spaces[source].axis is not None))
 
@@ -76,7 +76,8 @@ def _follow(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space], 
         return replace(before, collapsed=gone)
     axis = _axis(node, before.axis, shape_of(source), shape)
     vector = len(shape) <= 2 and shape[:1] == whole[:1]  # positions may also be folded into the batch
-    space = replace(before, axis=axis, collapsed=gone or vector)
+    same = axis == before.axis and (gone or vector) == before.collapsed
+    space = before if same else replace(before, axis=axis, collapsed=gone or vector)
     pools = any(kind in ("reduction", "adaptive_pool") for kind in kinds_of(node))
     if len(shape) == 3 and len(whole) == 4 and pools and axis is not None and shape[3 - axis] == 1:
         return replace(space, collapsed=True)
@@ -99,6 +100,8 @@ def _pool_tokens(space: Space, ratio: int, tokens: int) -> Space:
 
 def _resize(node: fx.Node, space: Space, size: tuple[int, ...], pools: bool) -> Space:
     """Account for a map of another size than before."""
+    if size == space.size and not all(extent == 1 for extent in size):
+        return space
     before = space.size or size
     down = max(old / new for old, new in zip(before, size, strict=True))
     up = max(new / old for old, new in zip(before, size, strict=True))

@@ -24,9 +24,23 @@ from dropsurgery.capture.levels import map_tree
 
 # Where torch prints a traceback of every op that refuses its fake input, before it raises.
 _torch_log = logging.getLogger("torch._subclasses.fake_tensor")
-_is_autocast_enabled = torch.is_autocast_enabled  # not the one that notes who asks while a forward is recorded
+# Not those that notice, while a forward is recorded, who calls them.
+_is_autocast_enabled = torch.is_autocast_enabled
+_empty = torch.empty
 # Layers whose output has the shape and dtype of their input, subclasses included.
-_SAME_SHAPE = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+_SAME_SHAPE = (nn.LayerNorm, nn.GroupNorm)
+# Pooling layers, by their forwards: the functions that they are, and their settings in order.
+_POOLS: dict[Any, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    nn.AdaptiveAvgPool2d.forward: (F.adaptive_avg_pool2d, ("output_size",)),
+    nn.AvgPool2d.forward: (
+        F.avg_pool2d,
+        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
+    nn.MaxPool2d.forward: (
+        F.max_pool2d,
+        ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    ),
+}
 # Elementwise layers, by the class that defines their forward.
 _ELEMENTWISE_FORWARDS = frozenset(
     cls.forward
@@ -43,6 +57,8 @@ _ELEMENTWISE_FORWARDS = frozenset(
     )
 )
 _CONVS: dict[int, Callable[..., Any]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+# The ways to resize maps, and how many axes such maps have, where not any number will do.
+_RESIZES = {"nearest": None, "linear": 1, "bilinear": 2, "bicubic": 2, "trilinear": 3}
 _CONV_FORWARDS = frozenset({nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward})
 _BINARY = frozenset(
     {
@@ -70,11 +86,14 @@ _UNARY = frozenset(
         torch.sigmoid,
     }
 )
+# On numbers they need nothing of torch.
+_OPERATORS = frozenset(value for value in vars(operator).values() if type(value) is type(operator.add))
+_NUMBERS = frozenset((int, float, bool))
 # Deterministic functions whose result on the meta device says all: no dispatch of fake tensors is needed.
 _BY_META_NAMES = (
-    "adaptive_avg_pool2d", "add", "addcmul", "amax", "amin", "avg_pool1d", "avg_pool2d", "baddbmm", "bmm", "chunk",
-    "clamp", "clone", "contiguous", "conv1d", "conv2d", "conv3d", "cos", "cumsum", "detach", "div", "einsum", "exp",
-    "expand", "expand_as", "flatten", "flip", "float", "gather", "group_norm", "interpolate", "layer_norm", "linear",
+    "adaptive_avg_pool2d", "add", "addcmul", "amax", "amin", "avg_pool1d", "avg_pool2d", "baddbmm", "bmm", "cat",
+    "chunk", "clamp", "clone", "contiguous", "conv1d", "conv2d", "conv3d", "cos", "cumsum", "detach", "div", "einsum",
+    "exp", "expand", "expand_as", "flatten", "flip", "float", "gather", "group_norm", "interpolate", "linear",
     "log", "log_softmax", "masked_fill", "matmul", "max_pool2d", "mean", "meshgrid", "movedim", "mul", "narrow", "neg",
     "norm", "normalize", "outer", "pad", "permute", "pixel_shuffle", "pixel_unshuffle", "pow", "repeat",
     "repeat_interleave", "reshape", "roll", "rsqrt", "select", "sigmoid", "sin", "softmax", "split", "sqrt", "squeeze",
@@ -100,6 +119,7 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
         self.running = 0
         self._of_leaves: dict[Any, Any] = {}
         self._of_functions: dict[Any, Any] = {}
+        self._fields: dict[torch.device, tuple[torch.device, dict[str, Any]]] = {}
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -119,12 +139,29 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
             elem = torch.empty_like(_twin(tensor))
         else:  # a tenth of the time
             size = tensor.size() if shape is None else shape
-            elem = torch.empty(size, dtype=tensor.dtype, device="meta")
+            elem = _empty(size, dtype=tensor.dtype, device="meta")
         return self._fake(elem, device or tensor.device)
 
+    def _resized(self, maps: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Maps of another size, which keep the place of their channels."""
+        kept = torch.contiguous_format if maps.is_contiguous() else torch.channels_last
+        elem = _empty(shape, dtype=maps.dtype, device="meta", memory_format=kept)
+        return self._fake(elem, maps.device)
+
     def _fake(self, elem: torch.Tensor, device: torch.device) -> torch.Tensor:
-        made: Any = FakeTensor(self, elem, device)
-        made._meta = elem
+        """A fake tensor over one on the meta device; the first of a device tells what its constructor does for all."""
+        known = self._fields.get(device)
+        if known is None:
+            made: Any = FakeTensor(self, elem, device)
+            self._fields[device] = made.fake_device, dict(vars(made))
+        else:
+            keys, fields = known
+            made = torch.Tensor._make_subclass(
+                FakeTensor, elem, elem.requires_grad, dispatch_device=True, device_for_backend_keys=keys
+            )
+            torch._C._set_throw_on_mutable_data_ptr(made)
+            vars(made).update(fields)
+        vars(made)["_meta"] = elem
         return made  # type: ignore[no-any-return]
 
     def _by_meta(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,11 +174,12 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
             if not _hashable(key):
                 return self._on_meta(function, args, kwargs)
             if key in self._of_functions:
-                return map_tree(self._of_functions[key], lambda v: self._copy(v, args[0].device))
+                twins, device = self._of_functions[key]
+                return map_tree(twins, lambda v: self._copy(v, device))
         result = self._on_meta(function, args, kwargs)
         with torch._C.DisableTorchFunction():
-            if result is not NotImplemented and isinstance(args[0], FakeTensor) and _is_new(result, (args, kwargs)):
-                self._of_functions[key] = map_tree(result, lambda v: _twin(v) if isinstance(v, torch.Tensor) else v)
+            if result is not NotImplemented and _is_new(result, (args, kwargs)):
+                self._of_functions[key] = map_tree(result, _twin_or_same), _device_of(args)
         return result
 
     def _copy(self, item: Any, device: torch.device) -> Any:
@@ -193,27 +231,36 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
         """The output of a leaf module: by rule where there is one, else by running its forward."""
         if len(args) == 1 and not kwargs and isinstance(args[0], FakeTensor) and _by_rule():
             with torch._C.DisableTorchFunction():
+                if type(module).forward is nn.Identity.forward:
+                    return args[0]
                 if _is_elementwise(module):
                     return self.like(args[0])
-                shape = _leaf_shape(module, tuple(args[0].shape)) if args[0].is_contiguous() else None
+                shape = _leaf_shape(module, args[0])
                 if shape is not None:
-                    return self.like(args[0], shape)
-                call = _leaf_call(module)
-            if call is not None:
-                weights = [self._copy(item, args[0].device) for item in call[1]]
-                result = self._by_meta(call[0], (args[0], *weights), {})
-                if result is not NotImplemented:
-                    return result
+                    keeps = isinstance(module, _ConvNd) and not args[0].is_contiguous()
+                    return self._resized(args[0], shape) if keeps else self.like(args[0], shape)
         key = _leaf_key(module, args, kwargs)
         if key is None:
-            return self.run(forward, args, kwargs)
+            return self._run_leaf(module, forward, args, kwargs)
         if key not in self._of_leaves:
-            self._of_leaves[key] = self.run(forward, args, kwargs)
+            self._of_leaves[key] = self._run_leaf(module, forward, args, kwargs)
         with torch._C.DisableTorchFunction():
-            return map_tree(self._of_leaves[key], lambda v: self.like(v) if isinstance(v, FakeTensor) else v)
+            return map_tree(self._of_leaves[key], lambda v: self._copy(v, v.device) if isinstance(v, FakeTensor) else v)
+
+    def _run_leaf(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a leaf: as the function that it is, on the meta device, or its forward."""
+        call = _leaf_call(module) if len(args) == 1 and not kwargs and isinstance(args[0], FakeTensor) else None
+        if call is not None and _by_rule():
+            weights = [self._copy(item, args[0].device) for item in call[1]]
+            result = self._on_meta(call[0], (args[0], *weights), {})
+            if result is not NotImplemented:
+                return result
+        return self.run(forward, args, kwargs)
 
     def of_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a function or operator on fake values and numbers."""
+        if function in _OPERATORS and all(type(item) in _NUMBERS for item in args):
+            return function(*args)
         if not _by_rule():
             return self.run(function, args, kwargs)
         with torch._C.DisableTorchFunction():
@@ -222,12 +269,18 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
             plain = function in _BINARY and len(args) == 2 and not kwargs and isinstance(args[0], FakeTensor)
             if plain and _is_like_first(function, *args):
                 return self.like(args[0])
+            if function is F.layer_norm and len(args) > 1 and _normalizes(args[0], args[1]):
+                return self.like(args[0], tuple(args[0].shape))
             if function is F.scaled_dot_product_attention and _is_plain_attention(args, kwargs):
                 return self.like(args[0], (*args[0].shape[:-1], args[2].shape[-1]))
             if function is torch.cat and args:
                 joined = _cat_shape(*args, **kwargs)
                 if joined:
                     return self.like(args[0][0], joined)
+            if function is F.interpolate and args and isinstance(args[0], FakeTensor):
+                resized = _resized_shape(*args, **kwargs)
+                if resized:
+                    return self._resized(args[0], resized)
         if function in _BY_META and args:
             result = self._by_meta(function, args, kwargs)
             if result is not NotImplemented:
@@ -252,6 +305,17 @@ def _twin(fake: Any) -> torch.Tensor:
         if type(fake) is FakeTensor:
             vars(fake)["_meta"] = twin
     return twin
+
+
+def _twin_or_same(item: Any) -> Any:
+    return _twin(item) if isinstance(item, torch.Tensor) else item
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    """Where the fake tensors of a function's arguments are."""
+    first: list[torch.device] = []
+    map_tree(args, lambda item: first.append(item.device) if type(item) is FakeTensor else None)
+    return first[0]
 
 
 def _geometry(tree: Any) -> Any:
@@ -335,7 +399,7 @@ def _cat_shape(tensors: Any, dim: int = 0, **other: Any) -> tuple[int, ...] | No
     """The shape of contiguous tensors of one dtype, joined; None for others."""
     if other or not all(isinstance(t, FakeTensor) and t.dtype == tensors[0].dtype for t in tensors):
         return None
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    if not all(tensor.is_contiguous() and _is_map(tensor) for tensor in tensors):
         return None
     shapes = [list(tensor.shape) for tensor in tensors]
     total = sum(shape.pop(dim) for shape in shapes)
@@ -346,34 +410,87 @@ def _cat_shape(tensors: Any, dim: int = 0, **other: Any) -> tuple[int, ...] | No
     return tuple(shapes[0])
 
 
+def _is_map(x: Any) -> bool:
+    """Whether a tensor is laid out as maps are, with channels first or last, and not both (one channel, one pixel)."""
+    first = bool(x.is_contiguous())
+    return first if x.ndim != 4 else first != x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _resized_shape(
+    x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *other: Any, **options: Any
+) -> tuple[int, ...] | None:
+    """The shape of maps that were resized; None where it has to be run to know it."""
+    if other or options.get("recompute_scale_factor") or options.get("antialias"):
+        return None
+    if mode not in _RESIZES or not _is_map(x) or not x.dtype.is_floating_point:
+        return None
+    spatial = tuple(x.shape[2:])
+    if scale_factor is None:
+        size = (size,) * len(spatial) if isinstance(size, int) else size
+        new = tuple(size) if isinstance(size, (tuple, list)) else ()
+    else:
+        factors = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * len(spatial)
+        if len(factors) != len(spatial):
+            return None
+        new = tuple(math.floor(length * factor) for length, factor in zip(spatial, factors, strict=True))
+    known = size is None or scale_factor is None
+    fits = known and len(new) == len(spatial) and all(type(length) is int and length > 0 for length in new)
+    return (*x.shape[:2], *new) if fits and _RESIZES[mode] in (None, len(spatial)) else None
+
+
 def _is_elementwise(module: nn.Module) -> bool:
     """Whether the output of a layer is of the shape and layout of its input."""
     return isinstance(module, (nn.Identity, _DropoutNd)) or type(module).forward in _ELEMENTWISE_FORWARDS
 
 
-def _leaf_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The output shape of a common layer on a contiguous input, None where the layer has to be run to know it."""
-    forward = type(module).forward
+def _normalizes(x: Any, shape: Any) -> bool:
+    """Whether a layer norm over `shape` takes a tensor; what it gives is contiguous, whatever the tensor was."""
+    shape = tuple(shape)
+    return isinstance(x, FakeTensor) and 0 < len(shape) <= x.ndim and tuple(x.shape[-len(shape) :]) == shape
+
+
+def _leaf_shape(module: nn.Module, x: Any) -> tuple[int, ...] | None:
+    """The output shape of a common layer, whose output is laid out like its input: contiguous (or, for a
+    convolution, also with channels last); None where the layer has to be run to know it.
+    """
+    forward, shape = type(module).forward, tuple(x.shape)
+    if forward is nn.LayerNorm.forward:
+        return shape if _normalizes(x, module.normalized_shape) else None
+    if isinstance(module, _ConvNd) and forward in _CONV_FORWARDS and _is_plain(module.weight):
+        pixel = all(size == 1 for size in shape[2:]) and x.is_contiguous()
+        return _conv_shape(module, shape) if pixel or _is_map(x) else None
+    if not x.is_contiguous():
+        return None
+    if isinstance(module, _NormBase):
+        module._check_input_dim(x)  # type: ignore[no-untyped-call]
+        return shape if shape[1] == module.num_features else None
     if isinstance(module, _SAME_SHAPE):
         return shape
-    if isinstance(module, _ConvNd) and forward in _CONV_FORWARDS and module.weight.is_contiguous():
-        return _conv_shape(module, shape)
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward and shape[-1] == module.in_features:
         return (*shape[:-1], module.out_features)
     return None
 
 
-def _leaf_call(module: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+def _leaf_call(module: Any) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
     """The function that a common layer is, and its arguments behind the input; None for other layers."""
     forward = type(module).forward
-    if isinstance(module, _ConvNd) and forward in _CONV_FORWARDS and module.padding_mode == "zeros":
+    zeros = isinstance(module, _ConvNd) and forward in _CONV_FORWARDS and module.padding_mode == "zeros"
+    if zeros and _is_plain(module.weight):  # else the output may be laid out like the weight
         options = (module.stride, module.padding, module.dilation, module.groups)
         return _CONVS[len(module.kernel_size)], (module.weight, module.bias, *options)
-    if isinstance(module, nn.LayerNorm) and forward is nn.LayerNorm.forward:
-        return F.layer_norm, (module.normalized_shape, module.weight, module.bias, module.eps)
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
         return F.linear, (module.weight, module.bias)
+    if forward in _POOLS:
+        function, settings = _POOLS[forward]
+        return function, tuple(getattr(module, name) for name in settings)
+    if forward is nn.Flatten.forward:
+        return torch.flatten, (module.start_dim, module.end_dim)
     return None
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether the weight of a convolution lies as its shape says, also where it has a single pixel or channel."""
+    return weight.is_contiguous() and weight.stride(-1) == 1 and weight.stride(1) == math.prod(weight.shape[2:])
 
 
 def _conv_shape(conv: _ConvNd, shape: tuple[int, ...]) -> tuple[int, ...] | None:

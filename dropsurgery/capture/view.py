@@ -7,6 +7,7 @@ Every node knows where it lives: `meta` holds `owner` (path of the innermost mod
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import Counter
 from collections.abc import Callable
@@ -54,7 +55,11 @@ def flat_view(root: Call, inputs: Inputs = ((), {}), *, inline: Callable[[Level]
 
 def fact_of(value: Any) -> Any:
     """The value of a node as plain facts: `TensorFact` for tensors, through containers."""
-    return map_tree(value, lambda v: TensorFact(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v)
+    return map_tree(value, lambda v: _tensor_fact(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v)
+
+
+# Most of a net's tensors are of a few shapes.
+_tensor_fact = functools.lru_cache(maxsize=1024)(TensorFact)
 
 
 class _Builder:
