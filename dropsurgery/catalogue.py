@@ -8,6 +8,7 @@ A file `dropsurgery/regularizers/<name>.py` is the regularizer `<name>`, a file
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -79,6 +80,7 @@ def register(kind: Kind, name: str, thing: Any) -> None:
     _registered[kind][name] = thing
 
 
+@functools.lru_cache(maxsize=1024)
 def arguments(regularizer: type) -> dict[str, Argument]:
     """Return the constructor arguments of a regularizer class: name → annotation, default."""
     init = inspect.unwrap(regularizer.__init__)  # type: ignore[misc]
@@ -87,15 +89,17 @@ def arguments(regularizer: type) -> dict[str, Argument]:
     return {each.name: Argument(hints.get(each.name, Any), each.default) for each in parameters}
 
 
-def _files(kind: Kind) -> list[str]:
+@functools.cache
+def _files(kind: Kind) -> frozenset[str]:
     folder = importlib.import_module(f"dropsurgery.{kind}").__path__
-    return [module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_")]
+    return frozenset(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
 
 
 def _plugins(kind: Kind) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=f"dropsurgery.{kind}")}
 
 
+@functools.cache
 def _object(kind: Kind, name: str) -> Any:
     """A regularizer file holds one class of regularizer; a pattern file a constant PATTERN."""
     module = importlib.import_module(f"dropsurgery.{kind}.{name}")

@@ -133,6 +133,13 @@ KINDS = frozenset(kind for kinds in _METHODS.values() for kind in kinds) | {
 
 def kinds_of(node: fx.Node) -> tuple[str, ...]:
     """The kinds of a node, the general one first, then the precise one; empty for what has no name here."""
+    known: tuple[str, ...] | None = node.meta.get("kinds")
+    if known is None:  # patterns ask each node many times
+        known = node.meta["kinds"] = _kinds(node)
+    return known
+
+
+def _kinds(node: fx.Node) -> tuple[str, ...]:
     if node.meta.get("identity"):
         return ("identity",)
     if node.op == "call_module":

@@ -187,7 +187,12 @@ def rate_name(module: Any) -> str | None:
 
 
 def plan(
-    captured: Captured, recipe: Recipe, *, total_steps: int | None = None, steps_per_epoch: int | None = None
+    captured: Captured,
+    recipe: Recipe,
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    sites: Sites | None = None,
 ) -> Plan:
     """Plan a recipe on a captured model.
 
@@ -196,6 +201,7 @@ def plan(
         recipe: a checked recipe.
         total_steps: length of the training in optimizer steps; needed where a schedule gives steps or epochs.
         steps_per_epoch: needed where a schedule gives epochs.
+        sites: those of the model, where they have been looked for before.
 
     Raises:
         PlanError: an entry hits nothing or not what it expects, two entries collide, a rate leaves [0, 1], or a
@@ -203,16 +209,18 @@ def plan(
     """
     check_count("total_steps", total_steps)
     check_count("steps_per_epoch", steps_per_epoch)
-    return _Planner(captured, recipe, total_steps, steps_per_epoch).plan()
+    return _Planner(captured, recipe, (total_steps, steps_per_epoch), sites).plan()
 
 
 class _Planner:
-    def __init__(self, captured: Captured, recipe: Recipe, total_steps: int | None, per_epoch: int | None) -> None:
+    def __init__(
+        self, captured: Captured, recipe: Recipe, times: tuple[int | None, int | None], sites: Sites | None
+    ) -> None:
         self.captured = captured
         self.recipe = recipe
-        self.times = (total_steps, per_epoch)
+        self.times = times
         declared = {name: chain(name, kinds) for name, kinds in recipe.patterns.items()}
-        self.sites = Sites(captured, declared)
+        self.sites = sites if sites is not None and not declared else Sites(captured, declared)
         self.placed: dict[Any, list[Edit]] = {}
         self.called: Counter[str] = Counter()
         self.notes: list[str] = []

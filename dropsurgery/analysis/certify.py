@@ -160,11 +160,12 @@ def _captured(made: Certificate, model: nn.Module) -> Captured:
 def _operated(made: Certificate, captured: Captured, recipe: Recipe | None) -> fx.GraphModule | None:
     """Carry the recipe out, as `apply_recipe` does; None where it does not fit."""
     with _stage(made, "sites", REFUSED):
-        found = sites_by_edge(captured)
+        sites = Sites(captured)
+        found = sites_by_edge(sites)
         made.sites = {pattern: sum(map(len, edges.values())) for pattern, edges in found.items()}
     with _stage(made, "surgery", REFUSED):
         try:
-            planned = plan(captured, recipe or load_recipe(everywhere(found)), total_steps=_STEPS)
+            planned = plan(captured, recipe or load_recipe(everywhere(found)), total_steps=_STEPS, sites=sites)
         except PlanError as error:
             if recipe is None:
                 raise
@@ -174,9 +175,8 @@ def _operated(made: Certificate, captured: Captured, recipe: Recipe | None) -> f
         return api.operate(captured, planned)
 
 
-def sites_by_edge(captured: Captured) -> dict[str, dict[str, list[Site]]]:
+def sites_by_edge(sites: Sites) -> dict[str, dict[str, list[Site]]]:
     """Pattern → edge → sites, for every pattern of the catalogue."""
-    sites = Sites(captured)
     return {
         name: {edge: sites.of(name, edge) for edge in sites.pattern(name).edges} for name in catalogue.names("patterns")
     }

@@ -13,6 +13,7 @@ from dropsurgery.analysis.pool import Lost, Pool
 from dropsurgery.capture import capture
 from dropsurgery.errors import SurgeryError
 from dropsurgery.models import example_inputs, family, make_model
+from dropsurgery.planning import Sites
 from dropsurgery.recipe import bundled, load_recipe
 
 _LIMIT = 600.0  # seconds for one model
@@ -35,7 +36,8 @@ def cover(name: str, recipes: Sequence[str]) -> Row:
         captured = capture(make_model(name), example_inputs(name))
     except SurgeryError as error:
         return Row(name, family(name), reason=str(error))
-    return Row(name, family(name), {recipe: fit(captured, load_recipe(recipe)).edits for recipe in recipes})
+    found = Sites(captured)
+    return Row(name, family(name), {recipe: fit(captured, load_recipe(recipe), found).edits for recipe in recipes})
 
 
 def coverage(names: Sequence[str], jobs: int = 1) -> Iterator[Row]:

@@ -56,10 +56,10 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
         CaptureError: the model cannot be captured.
     """
     captured = capture(model, example_inputs)
-    found = sites_by_edge(captured)
+    found = Sites(captured)
     sites = {
         pattern: {edge: dict(Counter(site.stage for site in sites)) for edge, sites in edges.items()}
-        for pattern, edges in found.items()
+        for pattern, edges in sites_by_edge(found).items()
     }
     parts = {part.path: part for part in captured.view.opaque}
     return Explanation(
@@ -68,16 +68,16 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
         sites=sites,
         stochastic=_stochastic(captured),
         opaque=[{"path": p, "class": type(o.module).__name__, "reason": o.reason} for p, o in parts.items()],
-        fits=[fit(captured, load_recipe(name)) for name in bundled()],
+        fits=[fit(captured, load_recipe(name), found) for name in bundled()],
     )
 
 
-def fit(captured: Captured, recipe: Recipe) -> Fit:
-    """What a recipe comes to on a captured model."""
+def fit(captured: Captured, recipe: Recipe, found: Sites | None = None) -> Fit:
+    """What a recipe comes to on a captured model, whose sites may have been found before."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SurgeryWarning)  # a recipe that changes nothing has its reason here
         try:
-            made = plan(captured, recipe, total_steps=_STEPS, steps_per_epoch=_STEPS_PER_EPOCH)
+            made = plan(captured, recipe, total_steps=_STEPS, steps_per_epoch=_STEPS_PER_EPOCH, sites=found)
             for edit in made.edits:
                 if edit.kind != ADOPT:
                     api.build(edit)  # which asks the regularizer whether it can work there

@@ -17,6 +17,7 @@ from dropsurgery.planning import ADOPT
 from dropsurgery.records import Edit
 
 _PLAIN = (int, float, str, bool, tuple, type(None))
+_ATOMS = frozenset((int, float, str, bool, type(None)))
 _INTERNAL = frozenset(nn.Module().__dict__)
 
 
@@ -32,7 +33,11 @@ def snapshot(model: nn.Module) -> list[Any]:
 
 
 def _entry(value: Any) -> Any:
+    if type(value) in _ATOMS:  # most are
+        return id(value)
     if isinstance(value, dict):
+        if not value:
+            return id(value)
         return id(value), [(key, _entry(item)) for key, item in value.items()]
     if isinstance(value, (list, set)):
         return id(value), [id(item) for item in value]

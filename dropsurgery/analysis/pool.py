@@ -5,6 +5,7 @@ A worker has one task at a time. One that dies or is over its time is replaced, 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import time
@@ -137,3 +138,4 @@ def _work(connection: Connection, function: Callable[..., Any]) -> None:
         except (EOFError, ConnectionError):
             return
         connection.send(function(task))
+        gc.freeze()  # what there is now has been imported or is kept: not to be looked through for garbage again

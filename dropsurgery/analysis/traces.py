@@ -281,8 +281,16 @@ def _geometry(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
+_ATOMS = frozenset((int, bool, str, type(None), torch.dtype, torch.device))
+
+
 def _facts(tree: Any, of: Callable[[Tensor], Any] = _identity) -> Any:
     """Arguments or results as what can be compared."""
+    kind = type(tree)
+    if kind in _ATOMS:  # most are: the questions below cost more
+        return (kind, tree)
+    if kind in (tuple, list):
+        return (kind, *[_facts(item, of) for item in tree])
     if isinstance(tree, Tensor):
         return of(tree)
     if isinstance(tree, (list, tuple)):

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 import torch.nn.attention
@@ -43,6 +42,7 @@ _UNSAYABLE: tuple[tuple[Any, str], ...] = (
 )
 # They take sizes one by one, which torch's own argument parser refuses where the first is a stand-in.
 _BY_SIZE = ("zeros", "ones", "empty", "rand", "randn")
+_NOTHING = object()
 
 
 @contextmanager
@@ -61,8 +61,17 @@ def watched(recorder: Recorder) -> Iterator[None]:
             *((place, name, watch.unsayable(place, name)) for place, name in _UNSAYABLE),
             *((torch, name, watch.by_size(getattr(torch, name))) for name in _BY_SIZE),
         ):
-            patches.enter_context(mock.patch.object(place, name, made))
+            patches.callback(_restore, place, name, vars(place).get(name, _NOTHING))
+            setattr(place, name, made)
         yield
+
+
+def _restore(place: Any, name: str, before: Any) -> None:
+    """Put back what a place held itself: nothing where it was inherited."""
+    if before is _NOTHING:
+        delattr(place, name)
+    else:
+        setattr(place, name, before)
 
 
 class _Watch:

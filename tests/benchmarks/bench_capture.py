@@ -25,7 +25,7 @@ from dropsurgery.analysis.certify import everywhere, sites_by_edge
 from dropsurgery.analysis.families import SMALLEST
 from dropsurgery.capture import capture
 from dropsurgery.models import make_model
-from dropsurgery.planning import plan
+from dropsurgery.planning import Sites, plan
 from dropsurgery.recipe import load_recipe
 
 REPEATS = 3
@@ -79,7 +79,7 @@ def whole_way(name: str) -> tuple[int, float]:
 
     def go() -> int:
         captured = capture(model)
-        plan(captured, load_recipe(everywhere(sites_by_edge(captured))), total_steps=10)
+        plan(captured, load_recipe(everywhere(sites_by_edge(Sites(captured)))), total_steps=10)
         return len(captured.view.graph.nodes)
 
     runs = [timed(go) for _ in range(REPEATS)]
