@@ -1,9 +1,10 @@
 """Zero random blocks of a CPU tensor at little more than the cost of copying it, eager and compiled.
 
 Few seeds (the usual case) are drawn as the gaps between them, and each block is zeroed where it lies,
-through an overlapping view whose first dimension is where a block starts. Many seeds are drawn as words, and
-spread by doubling a byte mask. No mask is kept for backward: a compiled graph draws the same seeds once more
-from 24 bytes, and eager mode, which can keep tensors of any size, keeps the few seeds.
+through an overlapping view whose first dimension is where a block starts; for backward they are kept, a
+fraction of a byte a cell. Many seeds are drawn as a mask of bytes, spread by doubling, multiplied with in one
+go, and kept. So is a mask that holds for all channels of a sample, or for a whole map. A compiled graph keeps
+24 bytes, and draws the same once more for backward.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from dropsurgery.regularizers._coverage import seed_probability
 Scaled = tuple[Tensor, float, "Blocks | Tensor | None"]
 _PLAIN = (Tensor, torch.nn.Parameter)
 CPU = torch.device("cpu")  # said at each tensor made here: the user may have set another default
+_WIDE = (torch.float32, torch.float64)  # a factor in a narrower type would round the scale
+_PART = 1 << 17  # elements
+_FEW = 1 << 14
 _ROWS = 255  # as many bytes of 0 or 1 as a byte can add up
 
 
@@ -45,17 +49,22 @@ class Draw:
         return *self.maps, *(length - k + 1 for length, k in zip(self.size, self.block, strict=True))
 
     @property
+    def whole(self) -> bool:
+        """Whether a block is a whole map of several cells, so that one number a map says all."""
+        return math.prod(self.region[2:]) == 1 < math.prod(self.size)
+
+    @property
     def cells(self) -> int:
         """How many entries the mask has."""
         return math.prod(self.maps) * math.prod(self.size)
 
-    def is_sparse(self, copies: int) -> bool:
-        """Whether zeroing block by block costs less than a mask; `copies`: channels that share a block."""
+    def is_sparse(self) -> bool:
+        """Whether zeroing block by block costs less than a mask."""
         # In nanoseconds, as measured: 25 a seed and 3 a cell of its block, against 2.5 a position to draw the
         # words and 1.3 a cell to spread and use the mask.
         positions = math.prod(self.region)
-        by_block = self.gamma * positions * (25 + 3 * math.prod(self.block) * copies)
-        return by_block < 2.5 * positions + 1.3 * self.cells * copies
+        by_block = self.gamma * positions * (25 + 3 * math.prod(self.block))
+        return by_block < 2.5 * positions + 1.3 * self.cells
 
     def seeds(self) -> Tensor:
         """Return the flat positions of the seeds in `region`, ascending; their gaps are geometric."""
@@ -79,8 +88,8 @@ class Draw:
         """Return bytes (B, C or 1, H, W), 1 where dropped; each length is 1 where a block is the whole map."""
         region = self.region
         generator = torch.Generator().manual_seed(self.key)
-        words = torch.empty(region, dtype=torch.int32, device=CPU).random_(generator=generator)  # 31 bits
-        seeds = (words <= round(self.gamma * 2**31) - 1).view(torch.uint8)
+        seeds = torch.empty(region, dtype=torch.uint8, device=CPU)
+        _bernoulli_(seeds.view(-1), self.gamma, generator)
         if math.prod(region[2:]) == 1 or math.prod(self.block) == 1:
             return seeds
         mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8, device=CPU)
@@ -114,11 +123,10 @@ class Draw:
         """Write `value` into the blocks in `x` (B, C, ...): fresh and dense."""
         if not len(blocks.seeds):
             return
-        window = x.shape[1] if self.maps[1] == 1 else 1, *self.block
-        steps = x.stride()[1:]
-        room = x.numel() - sum((length - 1) * step for length, step in zip(window, steps, strict=True))
-        # Seen from where a block may start: all of its cells in all of its channels.
-        windows = x.as_strided((room, *window), (1, *steps))
+        steps = x.stride()[2:]
+        room = x.numel() - sum((length - 1) * step for length, step in zip(self.block, steps, strict=True))
+        # Seen from where a block may start: all of its cells.
+        windows = x.as_strided((room, *self.block), (1, *steps))
         windows.index_fill_(0, blocks.starts(self.region, x.stride()), value)
 
 
@@ -155,9 +163,35 @@ def _offsets(flat: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tens
 def count_ones(mask: Tensor) -> int:
     """Sum of contiguous bytes that are 0 or 1: eight at once, in rows that add up without a carry."""
     flat = mask.view(-1)
+    if flat.numel() < _PART // 4:
+        return int(flat.sum())
     whole = flat.numel() // (8 * _ROWS) * (8 * _ROWS)
     lanes = flat[:whole].view(torch.int64).view(_ROWS, -1).sum(0)
     return int(lanes.view(torch.uint8).sum()) + int(flat[whole:].sum())
+
+
+def _bernoulli_(marks: Tensor, p: float, generator: torch.Generator) -> None:
+    """Set each byte to 1 with probability `p`, else to 0, by a random byte; where that leaves it open, by 31 bits more.
+
+    To draw takes longer than all else that is done with a mask, and a byte is a quarter of the usual float.
+    """
+    if len(marks) <= _FEW:  # not worth the operations
+        words = torch.empty(len(marks), dtype=torch.int32, device=CPU).random_(generator=generator)
+        torch.le(words, round(p * 2**31) - 1, out=marks.view(torch.bool))
+        return
+    limit, rest = divmod(round(p * 2**39), 2**31)
+    if limit == 256:
+        marks.fill_(1)
+        return
+    for part in torch.split(marks, _PART):
+        words = torch.empty((len(part) + 7) // 8, dtype=torch.int64, device=CPU)
+        drawn = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
+        made = (drawn < limit).view(torch.uint8)
+        if rest:  # found by eights, of which few hold such a byte
+            eights = (drawn == limit).view(torch.int64).nonzero().view(-1)
+            more = torch.empty(len(eights), 8, dtype=torch.int32, device=CPU).random_(generator=generator) < rest
+            made.view(-1, 8)[eights] |= ((drawn.view(-1, 8)[eights] == limit) & more).view(torch.uint8)
+        part.copy_(made[: len(part)])
 
 
 def _spread_(flat: Tensor, step: int, length: int) -> None:
@@ -175,12 +209,14 @@ def _draw(x: Tensor, block: Sequence[int], share_channels: bool, gamma: float, k
 
 
 def _marks(x: Tensor, draw: Draw) -> Blocks | Tensor:
-    """The draw as blocks or as a mask of bytes, whichever costs less on `x`."""
-    sparse = draw.is_sparse(x.shape[1] if draw.maps[1] == 1 else 1)
-    return Blocks(draw.seeds()) if sparse else draw.mask()
+    """The draw as blocks or as a mask of bytes, whichever costs less on `x`; a mask smaller than `x` always does."""
+    small = draw.whole or draw.maps[1] < x.shape[1]
+    return draw.mask() if small or not draw.is_sparse() else Blocks(draw.seeds())
 
 
-def _scaled(x: Tensor, draw: Draw, rescale: float | None, marks: Blocks | Tensor | None = None) -> Scaled:
+def _scaled(
+    x: Tensor, draw: Draw, rescale: float | None, marks: Blocks | Tensor | None = None, in_place: bool = False
+) -> Scaled:
     """Return the draw carried out on `x`, its scale (`rescale`, or by None cells / kept cells), and its marks."""
     if x.numel() == 0:
         return x.clone(), 1.0, None
@@ -189,12 +225,27 @@ def _scaled(x: Tensor, draw: Draw, rescale: float | None, marks: Blocks | Tensor
         cells = draw.cells if isinstance(marks, Blocks) else marks.numel()
         kept = cells - (draw.count(marks) if isinstance(marks, Blocks) else count_ones(marks))
         rescale = cells / kept if kept else 0.0
-    y = x * rescale
+    if not isinstance(marks, Blocks) and x.dtype in _WIDE:
+        return _masked(x, marks, rescale, in_place), rescale, marks
+    y = x.mul_(rescale) if in_place else x * rescale
     if isinstance(marks, Blocks):
         draw.fill_(y, marks, 0)
     else:
         y *= marks ^ 1  # bytes: a bool mask takes three times as long
     return y, rescale, marks
+
+
+def _masked(x: Tensor, marks: Tensor, rescale: float, in_place: bool) -> Tensor:
+    """`x` times the scale where bytes are 0, in one go; the bytes are widened a part at a time."""
+    if marks.numel() < x.numel():
+        return x * (marks ^ 1).to(x.dtype).mul_(rescale)
+    y = x if in_place else torch.empty_like(x)
+    flat = x.is_contiguous()
+    length = _PART if flat else max(1, _PART * x.shape[0] // x.numel())
+    parts = (torch.split(each.view(-1) if flat else each, length) for each in (x, marks, y))
+    for part, dropped, made in zip(*parts, strict=True):
+        torch.mul(part, (dropped ^ 1).to(x.dtype).mul_(rescale), out=made)
+    return y
 
 
 def fresh_key() -> Tensor:
@@ -252,18 +303,27 @@ class _Eager(torch.autograd.Function):
     """What the operators do, without their cost a call, and with the seeds kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, draw: Draw, rescale: float | None, marks: Blocks | None) -> Tensor:
-        y, scale, marks_now = _scaled(x, draw, rescale, marks)
+    def forward(
+        ctx: Any, x: Tensor, draw: Draw, rescale: float | None, marks: Blocks | Tensor | None, in_place: bool
+    ) -> Tensor:
+        y, scale, marks_now = _scaled(x, draw, rescale, marks, in_place)
+        if y is x:
+            ctx.mark_dirty(x)
         ctx.draw, ctx.scale = draw, scale
-        if isinstance(marks_now, Blocks):  # a mask would be a byte a cell: drawn anew
+        ctx.sparse = isinstance(marks_now, Blocks)
+        if isinstance(marks_now, Blocks):
             ctx.save_for_backward(marks_now.seeds)
+        elif marks_now is not None:
+            ctx.save_for_backward(marks_now)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once only: activation checkpoints demand it
-        marks = Blocks(*saved) if saved else None
-        return _Eager.apply(grad, ctx.draw, ctx.scale, marks), None, None, None
+        marks = (Blocks(*saved) if ctx.sparse else saved[0]) if saved else None
+        if not torch.is_grad_enabled():
+            return _scaled(grad, ctx.draw, ctx.scale, marks)[0], None, None, None, None
+        return _Eager.apply(grad, ctx.draw, ctx.scale, marks, False), None, None, None, None
 
 
 def is_traced(x: Tensor) -> bool:
@@ -280,14 +340,15 @@ def run(
     exact: bool,
     counted: bool,
     scaled: bool = True,
+    in_place: bool = False,
 ) -> Tensor:
-    """Drop blocks of `x` on the CPU: by the operator where something traces, else directly."""
+    """Drop blocks of `x` on the CPU: by the operator where something traces, else directly; on `in_place`, in `x`."""
     key = fresh_key() if key is None else key
     if is_traced(x):
         y: Tensor = drop_blocks(x, p, key, block, share_channels, exact, counted, scaled)[0]
         return y
     plan = _planned(x, p, key, block, share_channels, exact, counted, scaled)
-    direct: Tensor = _Eager.apply(x, *plan, None)
+    direct: Tensor = _Eager.apply(x, *plan, None, in_place)
     return direct
 
 

@@ -6,7 +6,8 @@
 The dropped take SELU's lowest value instead of 0, which the paper writes alpha', and the affine step gives the
 output the mean and variance that an input of mean 0 and variance 1 has. The paper writes q = 1 - p. The same as
 torch.nn.AlphaDropout; `channels: true` draws once for a channel of a sample, as torch.nn.FeatureAlphaDropout
-does. Placement: after SELU; after other activations mean and variance are not kept.
+does. Placement: after SELU; after other activations mean and variance are not kept. No recipe is given: no model
+of timm or SMP has a SELU as it is built by name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from dropsurgery.regularizers._base import Rate, rate_tensor, require
 from dropsurgery.regularizers._maps import TOKENS, MapRegularizer, channels_at
 from dropsurgery.regularizers._uniform import keep_scale
-from dropsurgery.regularizers.dropout import dropout
+from dropsurgery.regularizers.dropout import drop
 
 LOW = -1.0507009873554805 * 1.6732632423543772  # minus SELU's scale and alpha
 
@@ -43,8 +44,8 @@ def alpha_dropout(
         shape = [x.shape[i] if i in (0, axis) else 1 for i in range(x.dim())]
         dropped = raised * keep_scale(shape, rate, raised, key)
     else:
-        dropped = dropout(raised, rate, key=key)
-    return ((dropped + LOW) * ((1 - rate) / (1 + rate * LOW**2)).sqrt()).to(x.dtype)
+        dropped = drop(raised, rate, key, in_place=True)
+    return dropped.add_(LOW).mul_(((1 - rate) / (1 + rate * LOW**2)).sqrt()).to(x.dtype)
 
 
 class AlphaDropout(MapRegularizer):

@@ -4,15 +4,16 @@
     P = p - delta in the half of a sample's elements with the larger |x|, p + delta in the other half
 
 Units of large activation say more and are kept more often; the others make up for it, so that p is dropped in all.
-doi 10.1016/j.neunet.2018.03.016. Placement: on the outputs of hidden layers. Not verified in the paper, and the
-reading taken here: groups of equal size (of an odd number of elements the larger group is the low one), rates at
-equal distance from p, and the scale in training. Of equal elements the first count as larger. Where p is so
-near to 0 or 1 that p - delta or p + delta would leave [0, 1], delta is cut down for both.
+doi 10.1016/j.neunet.2018.03.016. Placement: on the outputs of hidden layers; recipe biased_dropout_vgg. Not verified in
+the paper, and the reading taken here: groups of equal size (of an odd number of elements the larger group is the low
+one), rates at equal distance from p, and the scale in training. Of equal elements the first count as larger. Where p is
+so near to 0 or 1 that p - delta or p + delta would leave [0, 1], delta is cut down for both.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -21,7 +22,10 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._blocks import is_traced
 from dropsurgery.regularizers._uniform import uniform
+
+_PART = 1 << 17  # elements
 
 
 def biased_dropout(x: Tensor, p: float | Tensor, delta: float = 0.2, *, key: Tensor | None = None) -> Tensor:
@@ -37,9 +41,7 @@ def biased_dropout(x: Tensor, p: float | Tensor, delta: float = 0.2, *, key: Ten
         return x.clone()
     spread = torch.minimum(rate, 1 - rate).clamp(max=delta)
     rates = rate - spread, rate + spread
-    high, drawn = _larger_half(x.detach()), uniform(x.shape, x.device, key)
-    kept_high, kept_low = high & (drawn >= rates[0]), ~high & (drawn >= rates[1])
-    marks = kept_high.to(torch.uint8) + 2 * kept_low.to(torch.uint8)
+    marks = _marks(x.detach(), uniform(x.shape, x.device, key), *rates)
     # Of a group that is dropped as a whole nothing is left to be scaled.
     scales = (1 / (1 - each).clamp(min=torch.finfo(each.dtype).eps) for each in rates)
     y: Tensor = _Marked.apply(x, marks, *scales)
@@ -51,7 +53,7 @@ class BiasedDropout(Regularizer):
 
     paper = "Poernomo, Kang: Biased Dropout and Crossmap Dropout, Neural Networks 104, 2018"
     summary = "drops elements, those of large magnitude less often"
-    placement = "on the outputs of hidden layers"
+    placement = "on the outputs of hidden layers: recipe biased_dropout_vgg"
     shapes = "any shape (B, ...) of 2 dimensions or more"
     examples = ({"p": 0.5}, {"p": 0.3, "delta": 0.3}, {"p": 0.1, "delta": 0.05})
 
@@ -98,7 +100,26 @@ def _larger_half(x: Tensor) -> Tensor:
     level = size.kthvalue(rank, 1, keepdim=True)[0] if x.is_cpu else size.sort(1)[0][:, rank - 1 : rank]
     above, equal = size > level, size == level
     missing = half - above.sum(1, keepdim=True)
-    return (above | (equal & (equal.cumsum(1) <= missing))).view(x.shape)
+    return (above | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing))).view(x.shape)
+
+
+def _marks(x: Tensor, drawn: Tensor, *rates: Tensor) -> Tensor:
+    """Bytes: 1 for what is kept of the larger half of each sample, 2 of the other, 0 for what is dropped."""
+    if is_traced(x):
+        return _marks_at_once(x, drawn, *rates)
+    # A part at a time: to rank the elements takes ten bytes for each.
+    return torch.cat([_marks_at_once(*part, *rates) for part in zip(_parts(x), _parts(drawn), strict=True)])
+
+
+def _marks_at_once(x: Tensor, drawn: Tensor, high_rate: Tensor, low_rate: Tensor) -> Tensor:
+    high = _larger_half(x)
+    kept_high, kept_low = high & (drawn >= high_rate), ~high & (drawn >= low_rate)
+    return kept_high.to(torch.uint8) + 2 * kept_low.to(torch.uint8)
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Some samples at a time."""
+    return torch.split(x, max(1, _PART * x.shape[0] // x.numel()))
 
 
 class _Marked(torch.autograd.Function):
@@ -111,8 +132,17 @@ class _Marked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(grad, *ctx.saved_tensors), None, None, None
+        return _Marked.apply(grad, *ctx.saved_tensors), None, None, None
 
 
 def _scaled(x: Tensor, marks: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return x * ((marks == 1) * first + (marks == 2) * second).to(x.dtype)
+    if is_traced(x):
+        return x * _factor(marks, first, second).to(x.dtype)
+    y = torch.empty_like(x)
+    for made, part, bits in zip(_parts(y), _parts(x), _parts(marks), strict=True):
+        torch.mul(part, _factor(bits, first, second).to(x.dtype), out=made)
+    return y
+
+
+def _factor(marks: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return torch.where(marks == 1, first, torch.where(marks == 2, second, torch.zeros_like(first)))

@@ -3,9 +3,9 @@
     x (B, C, ...) → x * M / (1 - p)      M (B, 1, ...) ~ Bernoulli(1 - p), one draw a sample and position
 
 Units at one position of the maps are correlated: they are dropped together or kept together, while
-neighbours in a map are told apart. Placement: after convolutions. doi 10.1016/j.neunet.2018.03.016. The
-scale 1 / (1 - p) in training is the reading taken here; how the paper makes up for p is not verified. On 1x1
-maps it drops whole samples.
+neighbours in a map are told apart. Placement: after convolutions; recipe crossmap_dropout_resnet_g34.
+doi 10.1016/j.neunet.2018.03.016. The scale 1 / (1 - p) in training is the reading taken here; how the paper
+makes up for p is not verified. On 1x1 maps it drops whole samples.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CrossmapDropout(MapRegularizer):
 
     paper = "Poernomo, Kang: Biased Dropout and Crossmap Dropout, Neural Networks 104, 2018"
     summary = "drops positions, the same ones in all feature maps"
-    placement = "after convolutions"
+    placement = "after convolutions: recipe crossmap_dropout_resnet_g34"
     shapes = TOKENS
     examples = ({"p": 0.1}, {"p": 0.5})
 

@@ -28,11 +28,15 @@ def dropout(x: Tensor, p: float | Tensor, *, rescale: Rescale = "train", key: Te
     caller multiplies by 1 - p at test time. `key`, a 0-dim int64 CPU tensor, is what the random numbers
     depend on; None for torch's global generator. A SurgeryError if `p` is a number out of [0, 1].
     """
-    rate = rate_tensor(p, x.device)
+    return drop(x, rate_tensor(p, x.device), key, scaled=rescale == "train")
+
+
+def drop(x: Tensor, p: Tensor, key: Tensor | None, *, scaled: bool = True, in_place: bool = False) -> Tensor:
+    """`dropout` by a rate that is a tensor; with `in_place`, `x` may be written to."""
     if x.device.type != "cpu":
-        return x * keep_scale(x.shape, rate, x, key, rescale=rescale == "train")
+        return x * keep_scale(x.shape, p, x, key, rescale=scaled)
     maps = x if x.dim() > 2 else x.reshape(1, 1, -1)
-    return run(maps, rate, key, [1] * (maps.dim() - 2), False, False, False, rescale == "train").view(x.shape)
+    return run(maps, p, key, [1] * (maps.dim() - 2), False, False, False, scaled, in_place).view(x.shape)
 
 
 class Dropout(Regularizer):

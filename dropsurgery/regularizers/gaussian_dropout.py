@@ -5,8 +5,8 @@
 The noise has the mean and the variance of dropout's M / (1 - p), so that p means the same in both, but no element
 becomes zero. The paper writes p for the probability to keep, and has the variance (1 - p) / p. Kingma, Salimans and
 Welling 2015 (arXiv:1506.02557) write alpha for p / (1 - p); their variational dropout learns it, which this does
-not. The same as Keras's GaussianDropout. Placement: as dropout's, on the outputs of hidden layers. At p = 1, where
-no such noise exists, all is zero, as by dropout.
+not. The same as Keras's GaussianDropout. Placement: as dropout's, on the outputs of hidden layers (recipe
+gaussian_dropout_vgg). At p = 1, where no such noise exists, all is zero, as by dropout.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GaussianDropout(Regularizer):
 
     paper = "Srivastava et al.: Dropout, JMLR 15, 2014, section 10"
     summary = "multiplies elements by Gaussian noise"
-    placement = "on the outputs of hidden layers, where dropout would go"
+    placement = "on the outputs of hidden layers, where dropout would go: recipe gaussian_dropout_vgg"
     examples = ({"p": 0.1}, {"p": 0.5})
     drops = "other"
     uncounted = "each element is changed, and none dropped"
@@ -62,8 +62,11 @@ class GaussianDropout(Regularizer):
 
 
 def _times(x: Tensor, normal: Tensor, p: Tensor) -> Tensor:
-    deviation = (p * scale_of(p)).sqrt()
-    return (x * (normal * deviation + 1) * (p < 1)).to(x.dtype)
+    """`x` times noise, which is made of the numbers drawn, in place."""
+    some = (p < 1).to(p.dtype)
+    y = x * normal.mul_((p * scale_of(p)).sqrt() * some).add_(some)
+    # Not `y.to(x.dtype)` at once: where that gives `y` itself, compilers of torch 2.11 lose the gradient.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class _DrawnTwice(torch.autograd.Function):

@@ -7,7 +7,7 @@ with masking label") also learns to predict which cells were blacked out: that h
 is its label. Size of the grid and rate in the paper are not verified: g = 8 and p = 0.1 are the library's choice. A
 grid that does not divide the image evenly has cells that differ by one pixel.
 
-Placement: the network's input, in a recipe `pattern: stem, edge: input`.
+Placement: the network's input; recipe grid_dropout.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GridDropout(Regularizer):
         "arXiv:1805.02901"
     )
     summary = "blacks out cells of a grid over the image"
-    placement = "the network's input (pattern stem, edge input)"
+    placement = "the network's input: recipe grid_dropout"
     shapes = "(B, C, H, W), (B, H, W, C)"
     needs = "images: it belongs on the network's input alone; the paper's auxiliary head is yours (`last_grid`)"
     examples = (

@@ -19,7 +19,8 @@ The strengths are parameters that the net did not have, `strength` under `_surge
 optimizer after the surgery. `strip` takes them away with all else; multiply them into the weights behind them before,
 if the net is to compute the same without.
 
-Placement: after an activation, on features (B, D) or maps; the paper's places are not verified, and no recipe is given.
+Placement: after an activation, on features (B, D) or maps; the paper's places are not verified, and those of the
+recipe guided_dropout_vgg the library's choice.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class GuidedDropout(Regularizer):
 
     paper = "Keshari, Singh, Vatsa: Guided Dropout, AAAI 2019, arXiv:1812.03965"
     summary = "drops the nodes of largest learned strength"
-    placement = "after an activation; the paper's own placement is not verified"
+    placement = "after an activation (recipe guided_dropout_vgg); the paper's own placement is not verified"
     shapes = "any shape with a channel axis"
     needs = "an optimizer built after surgery: it learns a strength for each channel"
     examples = (

@@ -76,7 +76,7 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, forth_a: Tensor, forth_b: Tensor, back_a: Tensor, back_b: Tensor) -> Tensor:
-        return (a * forth_a).addcmul_(b, forth_b)
+        return torch.addcmul(a * forth_a, b, forth_b)  # not in place: compilers of torch 2.11 lose the gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -9,20 +9,25 @@ probability p and divided by 1 - p if kept; in eval nothing is done. The rates, 
 lies (the paper compares several ways to reshape activations before), are the library's choice. With both rates at 0 the
 map comes back as it was.
 
-Placement: feature maps; the paper's places are not verified, and no recipe is given.
+Placement: feature maps; the paper's places are not verified, and those of the recipe
+spectral_dropout_resnet_g34 the library's choice.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._blocks import is_traced
 from dropsurgery.regularizers._maps import extent, require_images
 from dropsurgery.regularizers._uniform import scale_of, uniform
+
+_PART = 1 << 17  # elements
 
 
 def spectral_dropout(
@@ -37,12 +42,8 @@ def spectral_dropout(
     require(x.dim() == 4, "input of spectral_dropout", "4 dimensions (B, C, H, W) or (B, H, W, C)", tuple(x.shape))
     drop, weak = (rate_tensor(rate, x.device) for rate in (p, p_weak))
     maps = x.movedim(channel_axis, 1).to(torch.promote_types(x.dtype, torch.float32))
-    with _full_precision(x.device.type):
-        down, right = (_cosines(size, maps) for size in maps.shape[2:])
-        spectrum = torch.einsum("ih,bchw,jw->bcij", down, maps.contiguous(), right)
-        kept = _strong(spectrum.detach(), weak) & (uniform(spectrum.shape, x.device, key) >= drop)
-        left = spectrum * scale_of(drop).to(spectrum.dtype) * kept
-        y = torch.einsum("ih,bcij,jw->bchw", down, left, right)
+    left = uniform(maps.shape, x.device, key) >= drop
+    y: Tensor = _Thinned.apply(maps, left, weak, scale_of(drop).to(maps.dtype))
     return _like(y.to(x.dtype).movedim(1, channel_axis), x)
 
 
@@ -51,7 +52,7 @@ class SpectralDropout(Regularizer):
 
     paper = "Khan, Hayat, Porikli: Regularization of Deep Neural Networks with Spectral Dropout, arXiv:1711.08591"
     summary = "drops coefficients of each map's cosine transform"
-    placement = "feature maps; the paper's own placement is not verified"
+    placement = "feature maps (recipe spectral_dropout_resnet_g34); the paper's own placement is not verified"
     shapes = "(B, C, H, W), (B, H, W, C)"
     examples = (
         {"p": 0.2, "p_weak": 0.5},
@@ -96,6 +97,45 @@ def _cosines(size: int, like: Tensor) -> Tensor:
     return waves * (math.sqrt(2 / size) * (1 - (1 - math.sqrt(0.5)) * constant))
 
 
+class _Thinned(torch.autograd.Function):
+    """Maps (B, C, H, W) without those coefficients that are not `left` or among the weak; the others are scaled.
+
+    Once it is known which those are, this is a linear map that is its own adjoint. A byte a coefficient is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, left: Tensor, weak: Tensor | None, scale: Tensor) -> Tensor:
+        with _full_precision(maps.device.type):
+            y, kept = _thinned(maps, left, weak, scale)
+        ctx.save_for_backward(kept, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, scale = ctx.saved_tensors
+        return _Thinned.apply(grad, kept, None, scale), None, None, None
+
+
+def _thinned(maps: Tensor, left: Tensor, weak: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The maps without some coefficients, and which are kept."""
+    down, right = (_cosines(size, maps) for size in maps.shape[2:])
+
+    def thin(maps: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        spectrum = torch.einsum("ih,bchw,jw->bcij", down, maps.contiguous(), right)
+        kept = kept if weak is None else kept & _strong(spectrum, weak)
+        return torch.einsum("ih,bcij,jw->bchw", down, spectrum * kept * scale, right), kept
+
+    if is_traced(maps) or maps.numel() == 0:
+        return thin(maps, left)
+    y, kept = torch.empty_like(maps, memory_format=torch.contiguous_format), torch.empty_like(left)
+    rows = max(1, _PART * maps.shape[0] // maps.numel())  # some samples at a time: it takes six copies of them
+    parts = (torch.split(each, rows) for each in (y, kept, maps, left))
+    for y_part, kept_part, *given in zip(*parts, strict=True):
+        for part, made in zip((y_part, kept_part), thin(*given), strict=True):
+            part.copy_(made)
+    return y, kept
+
+
 def _strong(spectrum: Tensor, share: Tensor) -> Tensor:
     """Which coefficients are left when the weakest `share` of each map is removed; of equals, all are left."""
     size = spectrum.flatten(2).abs()
@@ -130,5 +170,4 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 
 def _full_precision(device: str) -> AbstractContextManager[object]:
     """Autocast would transform in a precision that does not give the map back."""
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else nullcontext()
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -267,7 +268,7 @@ def _picked(padded: Tensor, windows: _Windows, counts: Sequence[int], first: int
         index += starts.view(-1, *[1] * (index.dim() - first - axis - 1))
     positions = itertools.product(*map(range, windows.kernel))
     steps = [gap * jump for gap, jump in zip(windows.dilation, jumps, strict=True)]
-    places = [sum(map(int.__mul__, position, steps)) for position in positions]
+    places = [sum(map(operator.mul, position, steps)) for position in positions]
     passed = cells[0].clone()
     for number in range(1, len(cells)):  # past each element that the draw lies behind, on to the next
         index.add_(passed <= total, alpha=places[number] - places[number - 1])

@@ -1,6 +1,7 @@
 """The regularizers' cost beside their peers and beside `x * c`, forward and backward, in one run.
 
-    python tests/benchmarks/bench_regularizers.py [PART…]      parts: blocks, many, whole, shared, plain, dropout, step
+    python tests/benchmarks/bench_regularizers.py [PART…]      parts: blocks, many, whole, shared, plain, dropout,
+                                                                 memory, step
 
 Contenders take turns, and medians are compared. `x * c`, the limit, has three turns a round: a run in which they differ
 by more than a fifth is thrown away and measured again. Exit code 1 where a bound is missed.
@@ -8,6 +9,7 @@ by more than a fifth is thrown away and measured again. Exit code 1 where a boun
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -21,10 +23,12 @@ import torch.nn.functional as F
 from bench_dropblock import keep_memory, share_dropped
 from timm.layers.drop import DropBlock2d, drop_block_2d
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torchvision.ops import DropBlock2d as TorchvisionDropBlock2d
 from torchvision.ops import drop_block2d
 
 from dropsurgery import apply_recipe, get_regularizer, strip
+from dropsurgery.catalogue import names
 
 Call = Callable[[Tensor], Tensor]
 LIMITS = ("x * c", "x * c again", "x * c once more")
@@ -218,6 +222,57 @@ def step() -> list[str]:
     return missed
 
 
+# -- memory --------------------------------------------------------------------------------------------------------
+MAPS = (32, 64, 28, 28)
+KEPT, PEAK = 1.0, 1.5
+KEPT_BY_BLOCKS = 0.05
+SCALARS = 0.01  # rates, scales and keys
+
+
+def memory() -> list[str]:
+    """What each regularizer keeps for backward, in bytes an element, and its peak in forward, of input and output."""
+    missed = []
+    print(f"\nmemory on {'x'.join(map(str, MAPS))}, float32\n  {'':26}{'kept':>8}{'peak':>8}")
+    for name in names("regularizers"):
+        cls: Any = get_regularizer(name)
+        if cls.kind != "insert":
+            continue
+        for example in cls.examples:
+            layer = cls(**example)
+            layer.build(channel_axis=1, channels=MAPS[1], shape=MAPS, site_id="site")
+            x = torch.randn(MAPS, requires_grad=True)
+            kept, highest = kept_by(layer, x), peak_of(layer, x)
+            told = f"{name} {' '.join(f'{key}={value}' for key, value in example.items())}"
+            print(f"  {told:50.50}{kept:8.3f}{highest:8.2f}")
+            most = KEPT_BY_BLOCKS if name == "dropblock" and example.get("block_size") == 7 else KEPT
+            if kept > most + SCALARS or highest > PEAK + SCALARS:
+                missed.append(f"memory of {told}: keeps {kept:.3f}, asked {most}; peak {highest:.2f}, asked {PEAK}")
+    return missed
+
+
+def kept_by(layer: nn.Module, x: Tensor) -> float:
+    """Bytes an element that one call keeps for backward, beside its input and what the layer holds itself."""
+    kept: dict[int, int] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        layer(x)
+    own = {each.untyped_storage().data_ptr() for each in (x, *layer.parameters(), *layer.buffers())}
+    return sum(size for where, size in kept.items() if where not in own) / x.numel()
+
+
+def peak_of(layer: nn.Module, x: Tensor) -> float:
+    """The most memory that one call has at a time, its input included, as a share of its input and output."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        layer(x)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return 0.5 + max(itertools.accumulate(sizes)) / (2 * x.numel() * x.itemsize)
+
+
 def in_turn(nets: dict[str, nn.Module], call: Callable[[nn.Module], float], rounds: int = 7) -> dict[str, float]:
     for net in nets.values():
         call(net)
@@ -235,11 +290,13 @@ PARTS: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-def main(names: list[str]) -> int:
+def main(parts: list[str]) -> int:
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    chosen = names or [*PARTS, "step"]
+    chosen = parts or [*PARTS, "memory", "step"]
     missed = [line for name in chosen if name in PARTS for case in PARTS[name]() for line in tried(case)]
+    if "memory" in chosen:
+        missed += memory()
     if "step" in chosen:
         missed += step()
     print("\n" + "\n".join(missed or ["every bound holds"]))

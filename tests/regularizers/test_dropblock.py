@@ -46,7 +46,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
         monkeypatch.setattr(dropblock, "run", elsewhere)
     else:
-        monkeypatch.setattr(_blocks.Draw, "is_sparse", lambda self, copies: request.param == "sparse")
+        monkeypatch.setattr(_blocks.Draw, "is_sparse", lambda self: request.param == "sparse")
     return request.param
 
 
@@ -342,7 +342,7 @@ def test_works_alone_in_a_model() -> None:
 def test_same_blocks_by_either_cpu_path_in_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient may come in another layout than the input: the draw must not depend on it."""
     for sparse in (True, False):
-        monkeypatch.setattr(_blocks.Draw, "is_sparse", lambda self, copies, sparse=sparse: sparse)
+        monkeypatch.setattr(_blocks.Draw, "is_sparse", lambda self, sparse=sparse: sparse)
         outcomes = []
         for x in (torch.ones(4, 6, 9, 14), torch.ones(4, 6, 9, 14).to(memory_format=torch.channels_last)):
             torch.manual_seed(0)

@@ -27,7 +27,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
         monkeypatch.setattr(dropblock, "run", elsewhere)
     else:
-        monkeypatch.setattr(_blocks.Draw, "is_sparse", lambda self, copies: request.param == "sparse")
+        monkeypatch.setattr(_blocks.Draw, "is_sparse", lambda self: request.param == "sparse")
     return request.param
 
 
