@@ -91,7 +91,9 @@ _NASNET = classifier("nasnetalarge", stem_size=8, num_features=96)
 _VGG = classifier("vgg11_bn", mlp_ratio=0.02)
 CASES: dict[str, list[Callable[[], Case]]] = {
     "adl_resnet": [_RESNET],
+    "biased_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],  # on less its head is no head
     "classifier_dropout": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
+    "crossmap_dropout_resnet_g34": [_RESNET],
     "cutout": [_RESNET],
     "dropblock_convnext_g34": [classifier("convnext_tiny", **_CONVNEXT), classifier("convnext_atto", **_CONVNEXT)],
     "dropblock_efficientnet_g34": [classifier("efficientnet_b0"), classifier("mobilenetv3_small_050")],
@@ -113,13 +115,17 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "dropout_resnet_g34": [_RESNET],
     "dropout_vit": [classifier("vit_tiny_patch16_224", **_VIT), classifier("swin_tiny_patch4_window7_224", **_SWIN)],
     "fractal_drop_path_cells": [_NASNET],
+    "gaussian_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
+    "grid_dropout": [_RESNET],
+    "guided_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
     "hinton_dropout_vgg": [_VGG],
     "input_dropout": [_RESNET],
     "scheduled_drop_path_nasnet": [_NASNET],
     "shake_shake_cells": [_NASNET],
     "shakedrop_resnet": [_RESNET],
     "spatial_dropout_resnet_g34": [_RESNET],
-    "standout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],  # on less its head is no head
+    "spectral_dropout_resnet_g34": [_RESNET],
+    "standout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
     "stochastic_depth_linear": [_RESNET, classifier("vit_tiny_patch16_224", **_VIT)],
     "stochastic_depth_row": [classifier("convnext_tiny", **_CONVNEXT)],
     "stochastic_pooling_vgg": [_VGG],
@@ -144,6 +150,13 @@ def awake(model: nn.Module) -> nn.Module:
             if name in ("weight", "gamma") and weight.dim() == 1:
                 nn.init.uniform_(weight, 0.5, 1.5)
     return model
+
+
+def spread(gm: nn.Module) -> None:
+    """Let nodes differ in strength, as after a longer training: guided dropout tells them apart by it."""
+    for name, parameter in gm.named_parameters():
+        if name.endswith("strength"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
 
 
 def loss_of(output: Any) -> Tensor:
@@ -208,6 +221,7 @@ def test_recipe_trains(recipe: str, make: Callable[[], Case]) -> None:
     train(gm, case.training)
     still = [name for name, parameter in gm.named_parameters() if torch.equal(parameter, before[name])]
     assert not still
+    spread(gm)
     noisy = outputs(gm, case.training, seed=1)
     assert equal(noisy, outputs(gm, case.training, seed=1))
     assert not equal(noisy, outputs(gm, case.training, seed=2))
