@@ -179,7 +179,8 @@ def with_peers(layer: Callable[[float], nn.Module]) -> nn.Module:
     """ResNet-50 with a peer's layer at the 36 sites of the recipe."""
     gm: Any = apply_recipe(timm.create_model("resnet50"), "dropblock_resnet_g34", total_steps=1)
     for edit in gm.surgery.plan.edits:
-        gm.surgery.regularizers[edit.site.id].forward = layer(edit.p).train()
+        # Not set as an attribute: a module would become a child, and never be called.
+        gm.surgery.regularizers[edit.site.id].__dict__["forward"] = layer(edit.p).train()
     return gm  # type: ignore[no-any-return]
 
 
