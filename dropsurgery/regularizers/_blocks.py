@@ -10,7 +10,7 @@ go, and kept. So is a mask that holds for all channels of a sample, or for a who
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ Scaled = tuple[Tensor, float, "Blocks | Tensor | None"]
 _PLAIN = (Tensor, torch.nn.Parameter)
 CPU = torch.device("cpu")  # said at each tensor made here: the user may have set another default
 _WIDE = (torch.float32, torch.float64)  # a factor in a narrower type would round the scale
-_PART = 1 << 17  # elements
+_PART = 1 << 17  # elements that are worked on at once
 _FEW = 1 << 14
 _ROWS = 255  # as many bytes of 0 or 1 as a byte can add up
 
@@ -240,12 +240,26 @@ def _masked(x: Tensor, marks: Tensor, rescale: float, in_place: bool) -> Tensor:
     if marks.numel() < x.numel():
         return x * (marks ^ 1).to(x.dtype).mul_(rescale)
     y = x if in_place else torch.empty_like(x)
-    flat = x.is_contiguous()
-    length = _PART if flat else max(1, _PART * x.shape[0] // x.numel())
-    parts = (torch.split(each.view(-1) if flat else each, length) for each in (x, marks, y))
-    for part, dropped, made in zip(*parts, strict=True):
+    for part, dropped, made in in_parts(x, marks, y):
         torch.mul(part, (dropped ^ 1).to(x.dtype).mul_(rescale), out=made)
     return y
+
+
+def in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Go through tensors (B, ...) of one shape some samples at a time, or where all are contiguous some elements.
+
+    What is made on the way then takes little memory, and lies in the cache.
+    """
+    if all(each.is_contiguous() for each in tensors):
+        yield from zip(*(torch.split(each.view(-1), _PART) for each in tensors), strict=True)
+    else:
+        yield from by_samples(*tensors)
+
+
+def by_samples(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Go through tensors (B, ...) of one shape, not empty, some samples at a time."""
+    rows = max(1, _PART * tensors[0].shape[0] // tensors[0].numel())
+    yield from zip(*(torch.split(each, rows) for each in tensors), strict=True)
 
 
 def fresh_key() -> Tensor:
@@ -311,10 +325,8 @@ class _Eager(torch.autograd.Function):
             ctx.mark_dirty(x)
         ctx.draw, ctx.scale = draw, scale
         ctx.sparse = isinstance(marks_now, Blocks)
-        if isinstance(marks_now, Blocks):
-            ctx.save_for_backward(marks_now.seeds)
-        elif marks_now is not None:
-            ctx.save_for_backward(marks_now)
+        if marks_now is not None:
+            ctx.save_for_backward(marks_now.seeds if isinstance(marks_now, Blocks) else marks_now)
         return y
 
     @staticmethod

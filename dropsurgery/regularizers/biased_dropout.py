@@ -13,7 +13,6 @@ so near to 0 or 1 that p - delta or p + delta would leave [0, 1], delta is cut d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -22,10 +21,8 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._blocks import is_traced
+from dropsurgery.regularizers._blocks import by_samples, in_parts, is_traced
 from dropsurgery.regularizers._uniform import uniform
-
-_PART = 1 << 17  # elements
 
 
 def biased_dropout(x: Tensor, p: float | Tensor, delta: float = 0.2, *, key: Tensor | None = None) -> Tensor:
@@ -108,18 +105,13 @@ def _marks(x: Tensor, drawn: Tensor, *rates: Tensor) -> Tensor:
     if is_traced(x):
         return _marks_at_once(x, drawn, *rates)
     # A part at a time: to rank the elements takes ten bytes for each.
-    return torch.cat([_marks_at_once(*part, *rates) for part in zip(_parts(x), _parts(drawn), strict=True)])
+    return torch.cat([_marks_at_once(*part, *rates) for part in by_samples(x, drawn)])
 
 
 def _marks_at_once(x: Tensor, drawn: Tensor, high_rate: Tensor, low_rate: Tensor) -> Tensor:
     high = _larger_half(x)
     kept_high, kept_low = high & (drawn >= high_rate), ~high & (drawn >= low_rate)
     return kept_high.to(torch.uint8) + 2 * kept_low.to(torch.uint8)
-
-
-def _parts(x: Tensor) -> Sequence[Tensor]:
-    """Some samples at a time."""
-    return torch.split(x, max(1, _PART * x.shape[0] // x.numel()))
 
 
 class _Marked(torch.autograd.Function):
@@ -139,7 +131,7 @@ def _scaled(x: Tensor, marks: Tensor, first: Tensor, second: Tensor) -> Tensor:
     if is_traced(x):
         return x * _factor(marks, first, second).to(x.dtype)
     y = torch.empty_like(x)
-    for made, part, bits in zip(_parts(y), _parts(x), _parts(marks), strict=True):
+    for made, part, bits in in_parts(y, x, marks):
         torch.mul(part, _factor(bits, first, second).to(x.dtype), out=made)
     return y
 

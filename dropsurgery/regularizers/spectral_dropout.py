@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._blocks import is_traced
+from dropsurgery.regularizers._blocks import by_samples, is_traced
 from dropsurgery.regularizers._maps import extent, require_images
 from dropsurgery.regularizers._uniform import scale_of, uniform
-
-_PART = 1 << 17  # elements
 
 
 def spectral_dropout(
@@ -128,9 +126,7 @@ def _thinned(maps: Tensor, left: Tensor, weak: Tensor | None, scale: Tensor) -> 
     if is_traced(maps) or maps.numel() == 0:
         return thin(maps, left)
     y, kept = torch.empty_like(maps, memory_format=torch.contiguous_format), torch.empty_like(left)
-    rows = max(1, _PART * maps.shape[0] // maps.numel())  # some samples at a time: it takes six copies of them
-    parts = (torch.split(each, rows) for each in (y, kept, maps, left))
-    for y_part, kept_part, *given in zip(*parts, strict=True):
+    for y_part, kept_part, *given in by_samples(y, kept, maps, left):  # of which it takes six copies
         for part, made in zip((y_part, kept_part), thin(*given), strict=True):
             part.copy_(made)
     return y, kept

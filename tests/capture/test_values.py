@@ -85,6 +85,7 @@ LAYERS = [
     nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1, 1, ceil_mode=True), nn.MaxPool2d(2, return_indices=True),
     nn.Flatten(), nn.Flatten(2), nn.Flatten(0, 1), nn.Identity(), nn.ReLU(), nn.BatchNorm2d(3).eval(),
     nn.Conv2d(3, 5, 3, 2, 1), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 5, 1).to(memory_format=torch.channels_last),
+    nn.Conv2d(3, 3, 3, groups=3).to(memory_format=torch.channels_last),
     nn.Conv1d(6, 4, 3), nn.Linear(8, 5), nn.Linear(4, 5),
 ]  # fmt: skip
 
