@@ -53,7 +53,7 @@ class _Whole(nn.Module):
 
 def flatten(gm: nn.Module) -> fx.GraphModule:
     """A flat GraphModule that shares all leaves with the emitted tree and computes the same."""
-    root = record(gm, *example_of(gm))
+    root = record(gm, *example_of(gm), share=False)  # their graphs are changed below
     for level in list(_levels(root)):
         _edited(level)
     if isinstance(root, Level) and _says_all(root):

@@ -192,9 +192,11 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 def holds_tensor(value: Any) -> bool:
     """Whether a node's value is a tensor or a container with one in it."""
+    if type(value) is TensorFact:
+        return True
     if isinstance(value, dict):
         value = tuple(value.values())
-    return isinstance(value, TensorFact) or (isinstance(value, (tuple, list)) and any(map(holds_tensor, value)))
+    return isinstance(value, (tuple, list)) and any(map(holds_tensor, value))
 
 
 def tensor_users(node: fx.Node) -> list[fx.Node]:

@@ -164,6 +164,13 @@ def paths_of(root: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return found
 
 
+def path_below(paths: tuple[str, ...], owner: str) -> str:
+    """The first of the paths that lies below the owner, relative to it; empty where none does."""
+    if not owner:
+        return next((path for path in paths if path), "")
+    return next((path[len(owner) + 1 :] for path in paths if path.startswith(owner + ".")), "")
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class that the user wrote: a rewritten module's class says which one it stands for."""
     own: type[nn.Module] = getattr(type(module), "_own_class", type(module))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from dropsurgery.kinds import holds_tensor, kind_of, tensor_inputs
 from dropsurgery.records import TensorFact
@@ -30,9 +31,11 @@ class Dataflow:
         self.inputs: dict[fx.Node, list[fx.Node]] = {}
         self.users: dict[fx.Node, list[fx.Node]] = {}
         self.kind: dict[fx.Node, str | None] = {}
+        self._tensors: dict[fx.Node, list[fx.Node]] = {}
         self._weighted: dict[fx.Node, bool] = {}
         for node in graph.nodes:
-            sources = [source for source in _data_inputs(node) if source in self.order]
+            tensors = self._tensors[node] = tensor_inputs(node)
+            sources = [source for source in _data_inputs(node, tensors) if source in self.order]
             if _is_source(node) or (sources and holds_tensor(node.meta.get("value"))):
                 self.order[node], self.kind[node] = len(self.order), kind_of(node)
                 self.inputs[node], self.users[node] = sources, []
@@ -61,8 +64,8 @@ class Dataflow:
         """Whether the node has parameters, its own or passed to it (`F.conv2d`, a layer scale)."""
         if node not in self._weighted:
             module = node.meta.get("module")
-            given = (_is_weight(source) for source in tensor_inputs(node) if source not in self.order)
-            self._weighted[node] = any(given) if module is None else next(module.parameters(), None) is not None
+            given = (_is_weight(source) for source in self._tensors[node] if source not in self.order)
+            self._weighted[node] = any(given) if module is None else bool(_parameters_of(module))
         return self._weighted[node]
 
     def learns(self, node: fx.Node) -> bool | None:
@@ -72,7 +75,7 @@ class Dataflow:
         """
         module = node.meta.get("module")
         if module is not None:
-            parameters = list(module.parameters())
+            parameters = _parameters_of(module)
             return any(parameter.requires_grad for parameter in parameters) if parameters else None
         weights = self._passed(node)
         if any(_requires_grad(weight) for weight in weights):
@@ -81,11 +84,11 @@ class Dataflow:
 
     def _passed(self, node: fx.Node) -> list[fx.Node]:
         """The tensors of modules that an operation takes, through what is computed on them before."""
-        found, left = [], [source for source in tensor_inputs(node) if source not in self.order]
+        found, left = [], [source for source in self._tensors[node] if source not in self.order]
         while left:
             source = left.pop()
             found += [source] if source.op == "get_attr" else []
-            left += [below for below in tensor_inputs(source) if below not in self.order]
+            left += [below for below in self._tensors[source] if below not in self.order]
         return found
 
 
@@ -100,10 +103,11 @@ def is_within(path: str, module: str) -> bool:
     return not module or path == module or path.startswith(f"{module}.")
 
 
-def prefixes(path: str) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def prefixes(path: str) -> tuple[str, ...]:
     """`a`, `a.b`, `a.b.c` for `a.b.c`; nothing for the root."""
     parts = path.split(".") if path else []
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return tuple(".".join(parts[: end + 1]) for end in range(len(parts)))
 
 
 def place_of(node: fx.Node) -> str:
@@ -112,15 +116,21 @@ def place_of(node: fx.Node) -> str:
     return path
 
 
-def _data_inputs(node: fx.Node) -> list[fx.Node]:
-    """The arguments whose values the node's value depends on."""
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a leaf; to walk down a tree takes longer, and most leaves have none below them."""
+    if module._modules:
+        return list(module.parameters())
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def _data_inputs(node: fx.Node, tensors: list[fx.Node]) -> list[fx.Node]:
+    """The arguments, of those that are tensors, whose values the node's value depends on."""
     before = node.meta.get("continues")
     if before is not None:
         return [before]
     if node.target in _OF_NO_VALUE:
         return []
-    sources = tensor_inputs(node)
-    return [source for source in sources if source is node.args[0]] if node.target in _OF_THE_FIRST else sources
+    return [source for source in tensors if source is node.args[0]] if node.target in _OF_THE_FIRST else tensors
 
 
 def _is_source(node: fx.Node) -> bool:

@@ -29,7 +29,8 @@ _MIXING = {operator.matmul, torch.matmul, torch.bmm, torch.einsum, F.scaled_dot_
 # Between these a sum only rescales what it adds to (GRN, a gate without layers).
 _POINTWISE = ("norm", "norm_act", "activation", "add", "mul", "identity")
 
-Cost = tuple[int, int, int]
+# What lies on a way, counted in one number: layers first, then all that has weights, then poolings.
+_LAYER, _WEIGHTED, _POOL = 1 << 40, 1 << 20, 1
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class _Side:
     """One operand of an addition: what lies on the ways from the fork to it, and the cost of the dearest of them."""
 
     nodes: frozenset[fx.Node]
-    cost: Cost
+    cost: int
 
 
 def find_joins(flow: Dataflow, roles: dict[fx.Node, str]) -> tuple[list[Region], dict[fx.Node, str]]:
@@ -82,7 +83,9 @@ class _Finder:
         self.flow, self.roles = flow, roles
         self.found: list[Region] = []
         self.residual: dict[fx.Node, fx.Node] = {}
-        self._costs: dict[fx.Node, Cost] = {}
+        self._costs = {node: self._cost(node) for node in flow.order}
+        self._mixing = {node for node in flow.order if self._mixes(node)}
+        self._enlarging = {node for node, kind in flow.kind.items() if kind in ("upsample", "conv_transpose")}
 
     def region(self, node: fx.Node) -> Region | str:
         """The region of a join, or why the addition is none."""
@@ -95,45 +98,47 @@ class _Finder:
             return f"add has operands of shapes {shape_of(ends[0])} and {shape_of(ends[1])}"
         if self.roles[node] == "head":
             return "add merges two heads, after the map is given up"
-        fork, needed = _fork(self.flow, ends[0], ends[1])
+        fork, between = _fork(self.flow, ends[0], ends[1])
         if fork is None or shape_of(fork) is None:
             return "add has operands that come from no common tensor"
         sides = [
-            self._side(fork, end, [n for n in needed if needed[n] & bit]) for end, bit in zip(ends, (1, 2), strict=True)
+            self._side(fork, end, [n for n, needed in between if needed & bit])
+            for end, bit in zip(ends, (1, 2), strict=True)
         ]
         return self._objection(node, fork, sides) or self._oriented(node, fork, sides)
 
     def _side(self, fork: fx.Node, end: fx.Node, nodes: list[fx.Node]) -> _Side:
-        """What lies between the fork and an operand, of the nodes that the operand needs."""
-        far: dict[fx.Node, Cost] = {fork: (0, 0, 0)}
-        for node in sorted(nodes, key=self.flow.order.__getitem__):
-            ways = [far[source] for source in self.flow.inputs[node] if source in far]
-            if node is not fork and ways and self.flow.order[node] <= self.flow.order[end]:
-                layers, weights, pools = max(ways)
-                own = self._cost(node)
-                far[node] = (layers + own[0], weights + own[1], pools + own[2])
+        """What lies between the fork and an operand, of the later `nodes`, in order, that the operand needs."""
+        far = {fork: 0}
+        inputs, costs = self.flow.inputs, self._costs
+        for node in nodes:
+            way = -1
+            for source in inputs[node]:
+                ahead = far.get(source, -1)
+                if ahead > way:  # many more of these than of all else here: `max` takes twice as long
+                    way = ahead
+            if way >= 0:
+                far[node] = way + costs[node]
         return _Side(frozenset(far) - {fork}, far[end])
 
-    def _cost(self, node: fx.Node) -> Cost:
-        if node not in self._costs:
-            kind, weighted = self.flow.kind[node], self.flow.weighted(node)
-            layer = kind in _LAYERS or (weighted and kind is None and node.op == "call_module")
-            self._costs[node] = (int(layer), int(weighted), int(kind == "pool"))
-        return self._costs[node]
+    def _cost(self, node: fx.Node) -> int:
+        kind, weighted = self.flow.kind[node], self.flow.weighted(node)
+        layer = kind in _LAYERS or (weighted and kind is None and node.op == "call_module")
+        return _LAYER * layer + _WEIGHTED * weighted + _POOL * (kind == "pool")
 
     def _objection(self, node: fx.Node, fork: fx.Node, sides: list[_Side]) -> str | None:
         """Why operands that come from one fork are no branch and shortcut, whichever is which."""
         inside = sides[0].nodes | sides[1].nodes | {node}
-        if any(self.flow.kind[n] in ("upsample", "conv_transpose") for n in inside):
+        if not inside.isdisjoint(self._enlarging):
             closed = all(user in inside for n in inside - {node} for user in self.flow.users[n])
             if not closed or self.roles[node] == "decoder":
                 return "add merges different resolutions: an operand is upsampled on its way from the fork"
         owner = node.meta["owner"]
-        if any(n in self.residual for n in inside) and len(self._entries(inside, owner)) > 1:
+        if not inside.isdisjoint(self.residual) and len(self._entries(inside, owner)) > 1:
             return "add merges two tensors that its module was given, with residual blocks between them"
-        if not any(sides[0].cost) and not any(sides[1].cost):
+        if not sides[0].cost and not sides[1].cost:
             return "add has no weighted operation between its operands and their fork"
-        if not any(self._mixes(n) for n in inside - {node}):
+        if (inside - {node}).isdisjoint(self._mixing):
             return "add has no convolution, linear layer or pooling between its operands and their fork"
         return None
 
@@ -153,7 +158,7 @@ class _Finder:
         costs = [side.cost for side in sides]
         shortcut = costs.index(min(costs)) if costs[0] != costs[1] else None
         # An inner sum from the same fork is one more way only (three branches written as two additions).
-        streams = [any(self.residual.get(n, fork) is not fork for n in side.nodes) for side in sides]
+        streams = [any(self.residual[n] is not fork for n in side.nodes & self.residual.keys()) for side in sides]
         if any(streams) if shortcut is None else streams[shortcut]:
             return "add merges two streams that each have residual blocks of their own"
         if shortcut is None:
@@ -166,8 +171,8 @@ class _Finder:
         return Region(node, Join(fork, (1 - shortcut,), shortcut), sides[1 - shortcut].nodes, sides[shortcut].nodes)
 
 
-def _fork(flow: Dataflow, left: fx.Node, right: fx.Node) -> tuple[fx.Node | None, dict[fx.Node, int]]:
-    """The latest node that both depend on, and all later ones with a bit for each side that needs them.
+def _fork(flow: Dataflow, left: fx.Node, right: fx.Node) -> tuple[fx.Node | None, list[tuple[fx.Node, int]]]:
+    """The latest node that both depend on, and all later ones in order, with a bit for each side that needs them.
 
     Nodes are taken latest first, so that only those between fork and join are visited.
     """
@@ -175,12 +180,15 @@ def _fork(flow: Dataflow, left: fx.Node, right: fx.Node) -> tuple[fx.Node | None
     needed[right] = needed.get(right, 0) | 2
     queue = [(-flow.order[node], node) for node in needed]
     heapq.heapify(queue)
+    taken: list[tuple[fx.Node, int]] = []
     while queue:
         _, node = heapq.heappop(queue)
-        if needed[node] == 3:
-            return node, needed
+        bits = needed[node]
+        if bits == 3:
+            return node, taken[::-1]
+        taken.append((node, bits))
         for source in flow.inputs[node]:
             if source not in needed:
                 heapq.heappush(queue, (-flow.order[source], source))
-            needed[source] = needed.get(source, 0) | needed[node]
-    return None, needed
+            needed[source] = needed.get(source, 0) | bits
+    return None, taken

@@ -42,8 +42,9 @@ class Guard:
 class Level:
     """One forward of one module as a graph one level deep, and all that it took for granted.
 
-    `module` is the module of the model given. `guards` are what Python decided from the example's sizes, dtypes
-    or devices: where there are any, the graph holds for inputs of the same signature only.
+    `module` is the module of the model given. Modules that cannot be told apart have one graph (`siblings.py`).
+    `guards` are what Python decided from the example's sizes, dtypes or devices: where there are any, the graph
+    holds for inputs of the same signature only.
     `reads` are the plain attributes that were read, `children` what each `call_module` node calls, `regions`
     the activation checkpoints (a node's `meta["region"]` is an index into them).
     """

@@ -26,12 +26,13 @@ from dropsurgery.capture.levels import Component, Inputs, Leaf, Level, Opaque, d
 from dropsurgery.capture.nodes import drop_unused
 from dropsurgery.capture.numbers import fakes_in, has_data, made_up, numbers_in
 from dropsurgery.capture.probes import Intercepted, forward_of, make_probe
+from dropsurgery.capture.siblings import Siblings
 from dropsurgery.capture.traced import OPERATORS, Traced, Untraceable
 from dropsurgery.capture.values import Values
 from dropsurgery.capture.watching import draws, same_draws, watched
 from dropsurgery.errors import CaptureError
 from dropsurgery.graph import IN_PLACE
-from dropsurgery.trees import collectors_of, copy_tree, home_of_hook, hooks_of, paths_of
+from dropsurgery.trees import collectors_of, copy_tree, home_of_hook, hooks_of, path_below, paths_of
 
 _LOCK = threading.RLock()
 
@@ -52,7 +53,9 @@ class _Observed:
 class Recorder(TorchFunctionMode):
     """Records the calls of one model. Use through `record`."""
 
-    def __init__(self, root: nn.Module, training: bool | None, start: str, *, watches_draws: bool) -> None:
+    def __init__(
+        self, root: nn.Module, training: bool | None, start: str, *, share: bool, watches_draws: bool = False
+    ) -> None:
         super().__init__()
         copies = copy_tree(root, make_probe, share_tensors=False)
         self.root = copies[root]
@@ -61,7 +64,11 @@ class Recorder(TorchFunctionMode):
         self.frames: list[Frame] = []
         self._observed: list[_Observed] | None = None
         # By the originals: to ask a probe for its children is slow.
-        self._paths = {copies[module]: paths for module, paths in paths_of(root).items()}
+        paths = paths_of(root)
+        self._paths = {copies[module]: paths[module] for module in paths}
+        self.siblings = Siblings(self.values, self.original, paths)
+        if not share:
+            self.siblings.stop()
         self.start = self.root.get_submodule(start)
         self.watches_draws = watches_draws
         self._refused: dict[str, str] = {}
@@ -120,10 +127,11 @@ class Recorder(TorchFunctionMode):
             probe.__dict__.clear()
         self.original.clear()
         self._paths.clear()
+        self.siblings.release()
 
     # -- names ------------------------------------------------------------------------------------------------
     def relative(self, probe: nn.Module, owner: str) -> str:
-        below = _below(self._paths[probe], owner)
+        below = path_below(self._paths[probe], owner)
         if not below:
             raise Untraceable(f"calls module '{self._paths[probe][0]}', which is not below it")
         return below
@@ -160,10 +168,17 @@ class Recorder(TorchFunctionMode):
         if is_leaf(module):
             with self.aside():
                 return Leaf(module, path), self.values.of_leaf(module, self._shielded(probe, forward), args, kwargs)
+        key = self.siblings.key(probe, args, kwargs)
+        known = None if key is None else self.siblings.level_of(key, probe, args, kwargs)
+        if known is not None:
+            return known, known.output
         frame = Frame(self, probe, path)
         with self._same_draws():
             try:
-                return frame.level, self._run_level(frame, forward, args, kwargs)
+                value = self._run_level(frame, forward, args, kwargs)
+                if key is not None:
+                    self.siblings.keep(key, frame.level, args, kwargs)
+                return frame.level, value
             except ModelFailed:
                 raise
             except (Exception, Untraceable) as error:
@@ -242,6 +257,7 @@ class Recorder(TorchFunctionMode):
     ) -> tuple[Any, list[_Observed]]:
         """Run a forward plainly, while `tensors` holds others in it, and note the calls that it makes itself."""
         self._observed = []
+        self.siblings.stop()  # a forward that runs as it is may change anything
         try:
             with tensors, torch.no_grad():
                 args, kwargs = map_tree(inputs, lambda item: item)
@@ -286,7 +302,7 @@ class Recorder(TorchFunctionMode):
             raise Untraceable(f"takes from its attribute {name!r} what hooks have put there")
         if isinstance(value, torch.Tensor):
             return frame.attribute(value, probe, name)
-        below = _below(self._paths[probe], frame.path) if probe is not frame.probe else ""
+        below = path_below(self._paths[probe], frame.path) if probe is not frame.probe else ""
         frame.note_read(below, name, value)
         return value
 
@@ -297,6 +313,7 @@ class Recorder(TorchFunctionMode):
         alone, to be used again, can as well be made anew at each call.
         """
         if not self.frames or self.values.running:
+            self.siblings.stop()
             return True
         frame = self.frames[-1]
         if probe is frame.probe and frame.makes_anew(name, value):
@@ -348,15 +365,14 @@ def _is_installed(package: str) -> bool:
     return "site-packages" in file or "dist-packages" in file
 
 
-def _below(paths: tuple[str, ...], owner: str) -> str:
-    """The first of the paths that lies below the owner, relative to it; empty where none does."""
-    if not owner:
-        return next((path for path in paths if path), "")
-    return next((path[len(owner) + 1 :] for path in paths if path.startswith(owner + ".")), "")
-
-
 def record(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, path: str = "", training: bool | None = False
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    path: str = "",
+    training: bool | None = False,
+    share: bool = True,
 ) -> Level | Opaque | Leaf:
     """Record one call of the module at `path` below `root` (the root itself by default).
 
@@ -365,14 +381,16 @@ def record(
         args, kwargs: tensors of any device, only their shapes, dtypes and devices count.
         path: which module is called with them.
         training: the mode of every module while it is recorded; None leaves each its own.
+        share: whether the levels of modules that cannot be told apart may have one graph.
 
     Raises:
         CaptureError: the model's own forward raises on these inputs; its error is the cause.
     """
     with _LOCK, torch.random.fork_rng(devices=[]), _no_autocast_cache(), same_draws() as drawn:
-        call = _record(root, args, kwargs, path, training, watches_draws=False)
-        # To look after each forward would take longer than all the rest, and hardly any draws such numbers.
-        return _record(root, args, kwargs, path, training, watches_draws=True) if drawn() else call
+        call = _record(Recorder(root, training, path, share=share), args, kwargs)
+        if drawn():  # to look after each forward would take longer than all the rest, and hardly any draws such numbers
+            call = _record(Recorder(root, training, path, share=False, watches_draws=True), args, kwargs)
+        return call
 
 
 @contextmanager
@@ -386,10 +404,7 @@ def _no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def _record(
-    root: nn.Module, args: Any, kwargs: Any, path: str, training: bool | None, *, watches_draws: bool
-) -> Level | Opaque | Leaf:
-    recorder = Recorder(root, training, path, watches_draws=watches_draws)
+def _record(recorder: Recorder, args: Any, kwargs: Any) -> Level | Opaque | Leaf:
     faked = recorder.fake((args, kwargs))
     data = (args, kwargs) if has_data((args, kwargs)) else None
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -142,11 +142,11 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
             elem = _empty(size, dtype=tensor.dtype, device="meta")
         return self._fake(elem, device or tensor.device)
 
-    def _resized(self, maps: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Maps of another size, which keep the place of their channels."""
-        kept = torch.contiguous_format if maps.is_contiguous() else torch.channels_last
-        elem = _empty(shape, dtype=maps.dtype, device="meta", memory_format=kept)
-        return self._fake(elem, maps.device)
+    def _made_of(self, tensors: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of another shape made of some: with channels last where all have them there, else contiguous."""
+        kept = torch.channels_last if all(map(_has_channels_last, tensors)) else torch.contiguous_format
+        elem = _empty(shape, dtype=tensors[0].dtype, device="meta", memory_format=kept)
+        return self._fake(elem, tensors[0].device)
 
     def _fake(self, elem: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A fake tensor over one on the meta device; the first of a device tells what its constructor does for all."""
@@ -189,6 +189,12 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
             elem = torch.empty_strided(item.size(), item.stride(), dtype=item.dtype, device="meta")
             return self._fake(elem, device)
+
+    def twin(self, fake: torch.Tensor) -> torch.Tensor:
+        """Another fake tensor like one."""
+        with torch._C.DisableTorchFunction():
+            made: torch.Tensor = self._copy(fake, fake.device)
+            return made.requires_grad_(fake.requires_grad)
 
     def _on_meta(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fakes: dict[int, torch.Tensor] = {}
@@ -238,7 +244,7 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
                 shape = _leaf_shape(module, args[0])
                 if shape is not None:
                     keeps = isinstance(module, _ConvNd) and not args[0].is_contiguous()
-                    return self._resized(args[0], shape) if keeps else self.like(args[0], shape)
+                    return self._made_of(args, shape) if keeps else self.like(args[0], shape)
         key = _leaf_key(module, args, kwargs)
         if key is None:
             return self._run_leaf(module, forward, args, kwargs)
@@ -276,11 +282,11 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
             if function is torch.cat and args:
                 joined = _cat_shape(*args, **kwargs)
                 if joined:
-                    return self.like(args[0][0], joined)
+                    return self._made_of(args[0], joined)
             if function is F.interpolate and args and isinstance(args[0], FakeTensor):
                 resized = _resized_shape(*args, **kwargs)
                 if resized:
-                    return self._resized(args[0], resized)
+                    return self._made_of(args[:1], resized)
         if function in _BY_META and args:
             result = self._by_meta(function, args, kwargs)
             if result is not NotImplemented:
@@ -396,10 +402,10 @@ def _is_plain_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _cat_shape(tensors: Any, dim: int = 0, **other: Any) -> tuple[int, ...] | None:
-    """The shape of contiguous tensors of one dtype, joined; None for others."""
+    """The shape of tensors of one dtype, joined; None where it has to be run to know it."""
     if other or not all(isinstance(t, FakeTensor) and t.dtype == tensors[0].dtype for t in tensors):
         return None
-    if not all(tensor.is_contiguous() and _is_map(tensor) for tensor in tensors):
+    if not all(tensor.ndim < 5 or tensor.is_contiguous() for tensor in tensors):
         return None
     shapes = [list(tensor.shape) for tensor in tensors]
     total = sum(shape.pop(dim) for shape in shapes)
@@ -410,10 +416,18 @@ def _cat_shape(tensors: Any, dim: int = 0, **other: Any) -> tuple[int, ...] | No
     return tuple(shapes[0])
 
 
-def _is_map(x: Any) -> bool:
-    """Whether a tensor is laid out as maps are, with channels first or last, and not both (one channel, one pixel)."""
-    first = bool(x.is_contiguous())
-    return first if x.ndim != 4 else first != x.is_contiguous(memory_format=torch.channels_last)
+def _has_channels_last(x: Any) -> bool:
+    """Whether torch takes a tensor for maps with channels last: by its strides, though samples may be apart."""
+    if x.ndim != 4:
+        return False
+    sizes, strides = x.size(), x.stride()
+    least = 0 if strides[1] else math.inf
+    for axis in (1, 3, 2, 0):
+        # One pixel of one channel is laid out either way, and counts as channels first.
+        if not sizes[axis] or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * max(1, sizes[axis])
+    return True
 
 
 def _resized_shape(
@@ -422,7 +436,7 @@ def _resized_shape(
     """The shape of maps that were resized; None where it has to be run to know it."""
     if other or options.get("recompute_scale_factor") or options.get("antialias"):
         return None
-    if mode not in _RESIZES or not _is_map(x) or not x.dtype.is_floating_point:
+    if mode not in _RESIZES or not x.dtype.is_floating_point:
         return None
     spatial = tuple(x.shape[2:])
     if scale_factor is None:
@@ -450,15 +464,15 @@ def _normalizes(x: Any, shape: Any) -> bool:
 
 
 def _leaf_shape(module: nn.Module, x: Any) -> tuple[int, ...] | None:
-    """The output shape of a common layer, whose output is laid out like its input: contiguous (or, for a
-    convolution, also with channels last); None where the layer has to be run to know it.
+    """The output shape of a common layer; None where the layer has to be run to know it.
+
+    The output is contiguous, but that of a convolution has its channels last where its input has.
     """
     forward, shape = type(module).forward, tuple(x.shape)
     if forward is nn.LayerNorm.forward:
         return shape if _normalizes(x, module.normalized_shape) else None
     if isinstance(module, _ConvNd) and forward in _CONV_FORWARDS and _is_plain(module.weight):
-        pixel = all(size == 1 for size in shape[2:]) and x.is_contiguous()
-        return _conv_shape(module, shape) if pixel or _is_map(x) else None
+        return _conv_shape(module, shape) if x.ndim == 4 or x.is_contiguous() else None
     if not x.is_contiguous():
         return None
     if isinstance(module, _NormBase):

@@ -119,27 +119,44 @@ class _Builder:
         for node in level.graph.nodes:
             if node.op == "placeholder":
                 continue
-            args, kwargs = _resolve(node.args, env), _resolve(node.kwargs, env)
+            args, kwargs = _resolve(node.args, env), _resolve(node.kwargs, env) if node.kwargs else {}
             if node.op == "output":
                 result = args[0]
-            elif node.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
-                env[node] = args[0][args[1]]
-            elif self._components and _is_dict_class(node.target):
-                env[node] = dict(*args, **kwargs)  # its class does not matter here
-            elif node.target in (list, dict) and self._inlines_users(level, node):
-                env[node] = args[0]  # the child that changes it is inlined, and so does it here
-            elif node.target is operator.setitem and isinstance(args[0], (list, dict)):
-                args[0][args[1]] = args[2]
             elif node.op == "call_module":
                 child = level.children[node]
                 env[node] = self._call(child, node, level.path, args, kwargs)
                 if not (isinstance(child, Level) and self._may_inline(child)):  # else its result has its number already
                     self._name(env[node], names)
+            elif node.op == "call_function" and self._is_unpacked(level, node, args):
+                self._unpack(node, args, kwargs, env)
             else:
                 target = f"{level.path}.{node.target}".lstrip(".") if node.op == "get_attr" else node.target
                 env[node] = self._copy(node, node.op, target, args, kwargs, level.path)
                 self._name(env[node], names)
         return result
+
+    def _is_unpacked(self, level: Level, node: fx.Node, args: tuple[Any, ...]) -> bool:
+        """Whether a function only arranges in a container what is in the flat graph without it."""
+        target = node.target
+        if target is operator.getitem:
+            return isinstance(args[0], (list, tuple, dict))
+        if target is operator.setitem:
+            return isinstance(args[0], (list, dict))
+        if not isinstance(target, type):
+            return False
+        # The class of a dict does not matter here; and where a child changes a container, it is inlined, and does so.
+        own_dict = self._components and issubclass(target, dict) and target is not dict
+        return own_dict or (target in (list, dict) and self._inlines_users(level, node))
+
+    @staticmethod
+    def _unpack(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], env: dict[fx.Node, Any]) -> None:
+        """Do here what a node does with a container."""
+        if node.target is operator.getitem:
+            env[node] = args[0][args[1]]
+        elif node.target is operator.setitem:
+            args[0][args[1]] = args[2]
+        else:
+            env[node] = args[0] if node.target in (list, dict) else dict(*args, **kwargs)
 
     def _inlines_users(self, level: Level, node: fx.Node) -> bool:
         calls = [level.children[user] for user in node.users if user in level.children]
@@ -165,7 +182,9 @@ class _Builder:
         name = str(target) if isinstance(target, str) else getattr(target, "__name__", str(target))
         made.meta.update(owner=owner, path=name if op == "get_attr" else f"{owner}.{name}".lstrip("."), call=0)
         if node is not None:
-            made.meta.update(level_node=node, value=fact_of(node.meta.get("value")))
+            if "fact" not in node.meta:  # graphs are shared
+                node.meta["fact"] = fact_of(node.meta.get("value"))
+            made.meta.update(level_node=node, value=node.meta["fact"])
             if "random" in node.meta:
                 made.meta["random"] = True
         return made
@@ -204,8 +223,3 @@ def _bind(level: Level, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[f
         else:
             env[node] = named.pop(name, node.args[0] if node.args else None)
     return env
-
-
-def _is_dict_class(target: Any) -> bool:
-    """Whether a node makes a dict of a class of its own, such as OrderedDict."""
-    return isinstance(target, type) and issubclass(target, dict) and target is not dict

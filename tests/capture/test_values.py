@@ -16,9 +16,13 @@ from dropsurgery.capture.values import Values
 
 
 def laid_out(shape: tuple[int, ...]) -> list[Tensor]:
-    """Tensors of one rank: contiguous, with channels last where they are maps, transposed, strided."""
+    """Tensors of one rank: contiguous, transposed, strided, and of maps two with channels last, one cut from tokens."""
     base = torch.randn(shape)
-    channels_last = [base.to(memory_format=torch.channels_last)] if len(shape) == 4 else []
+    channels_last = []
+    if len(shape) == 4:
+        tokens = torch.randn(shape[0], 1 + shape[2] * shape[3], shape[1])  # the first is no pixel
+        pixels = tokens[:, 1:].transpose(1, 2).unflatten(2, shape[2:])
+        channels_last = [base.to(memory_format=torch.channels_last), pixels]
     return [base, *channels_last, base.transpose(-1, -2), base[..., ::2]]
 
 
@@ -115,6 +119,10 @@ def test_functions(x: Tensor) -> None:
             return values.of_function(function, (x if function is F.layer_norm else [x, x], *o), n)
 
         same_as_torch(x, call, of_fake)
+    mixed = [x, x.contiguous()]
+    values = Values()
+    faked = [fake(values, each) for each in mixed]
+    assert picture(values.of_function(torch.cat, (faked, 1), {})) == picture(torch.cat(mixed, 1))
 
 
 def test_numbers() -> None:
