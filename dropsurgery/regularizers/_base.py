@@ -10,12 +10,15 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from dropsurgery.errors import SurgeryError
+from dropsurgery.regularizers._tracing import require_own_numbers
 
 Rate = Annotated[float, Ge(0), Le(1)]
 
 
 class Keys(Protocol):
     """Where a seeded model gets its random numbers from (`dropsurgery.context.Context`)."""
+
+    seed: int | None
 
     def key(self, site_id: str) -> Tensor | None:
         """Return the key of this site's next draw, a 0-dim int64 tensor on the CPU; None without a seed."""
@@ -152,7 +155,11 @@ class Regularizer(nn.Module):
 
     def next_key(self) -> Tensor | None:
         """Return the key of the next draw, or None where torch's global generator is to be used."""
-        return None if self.context is None else self.context.key(self.site_id)
+        if self.context is None:
+            return None
+        if self.context.seed is not None:
+            require_own_numbers(self.site_id)
+        return self.context.key(self.site_id)
 
     def extra_repr(self) -> str:
         """Return the rates; subclasses append their options."""

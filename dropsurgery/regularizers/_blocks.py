@@ -3,8 +3,8 @@
 Few seeds (the usual case) are drawn as the gaps between them, and each block is zeroed where it lies,
 through an overlapping view whose first dimension is where a block starts; for backward they are kept, a
 fraction of a byte a cell. Many seeds are drawn as a mask of bytes, spread by doubling, multiplied with in one
-go, and kept. So is a mask that holds for all channels of a sample, or for a whole map. A compiled graph keeps
-24 bytes, and draws the same once more for backward.
+go, and kept. A mask that holds for all channels of a sample, or for a whole map, is made a factor of few
+operations. A compiled graph keeps 24 bytes, and draws the same once more for backward.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dropsurgery.regularizers._coverage import seed_probability
+from dropsurgery.regularizers._tracing import is_traced
 
 Scaled = tuple[Tensor, float, "Blocks | Tensor | None"]
-_PLAIN = (Tensor, torch.nn.Parameter)
 CPU = torch.device("cpu")  # said at each tensor made here: the user may have set another default
 _WIDE = (torch.float32, torch.float64)  # a factor in a narrower type would round the scale
 _PART = 1 << 17  # elements that are worked on at once
 _FEW = 1 << 14
+_TABLE, _PRODUCTS = 1 << 15, 1 << 20  # entries of a table of blocks, and how many products with it are worth while
 _ROWS = 255  # as many bytes of 0 or 1 as a byte can add up
 
 
@@ -55,8 +56,19 @@ class Draw:
 
     @property
     def cells(self) -> int:
-        """How many entries the mask has."""
+        """How many cells the mask says of whether they are dropped."""
         return math.prod(self.maps) * math.prod(self.size)
+
+    @property
+    def entries(self) -> int:
+        """How many entries the mask has."""
+        return math.prod(self.maps) if self.whole else self.cells
+
+    @property
+    def is_tabled(self) -> bool:
+        """Whether blocks are looked up in a table: small maps, and few of them."""
+        table = math.prod(self.region[2:]) * math.prod(self.size)
+        return math.prod(self.block) > 1 and table <= _TABLE and math.prod(self.maps) * table <= _PRODUCTS
 
     def is_sparse(self) -> bool:
         """Whether zeroing block by block costs less than a mask."""
@@ -86,12 +98,11 @@ class Draw:
 
     def mask(self) -> Tensor:
         """Return bytes (B, C or 1, H, W), 1 where dropped; each length is 1 where a block is the whole map."""
-        region = self.region
-        generator = torch.Generator().manual_seed(self.key)
-        seeds = torch.empty(region, dtype=torch.uint8, device=CPU)
-        _bernoulli_(seeds.view(-1), self.gamma, generator)
+        region, seeds = self.region, self._marked()
         if math.prod(region[2:]) == 1 or math.prod(self.block) == 1:
             return seeds
+        if self.is_tabled:
+            return (self._covered(seeds) != 0).view(torch.uint8)
         mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8, device=CPU)
         inside: tuple[slice, ...] = tuple(slice(length) for length in region)
         mask[inside] = seeds
@@ -101,6 +112,23 @@ class Draw:
             _spread_(mask.view(-1), step, k)
             step *= length
         return mask
+
+    def kept(self, dtype: torch.dtype) -> Tensor:
+        """Return what `mask` does as numbers, 0 where dropped and 1 where kept."""
+        if self.is_tabled and not self.whole:
+            return self._covered(self._marked()).eq_(0).to(dtype)
+        return (self.mask() ^ 1).to(dtype)
+
+    def _marked(self) -> Tensor:
+        """Bytes of the shape of `region`, 1 where a seed is."""
+        seeds = torch.empty(self.region, dtype=torch.uint8, device=CPU)
+        _bernoulli_(seeds.view(-1), self.gamma, torch.Generator().manual_seed(self.key))
+        return seeds
+
+    def _covered(self, seeds: Tensor) -> Tensor:
+        """How many blocks each cell is under, in one operation instead of many small ones."""
+        counts = torch.mm(seeds.view(math.prod(self.maps), -1).float(), _table(self.size, self.block))
+        return counts.view(*self.maps, *self.size)
 
     def count(self, blocks: Blocks) -> int:
         """How many cells the blocks cover; a cell under two of them counts once."""
@@ -194,6 +222,16 @@ def _bernoulli_(marks: Tensor, p: float, generator: torch.Generator) -> None:
         part.copy_(made[: len(part)])
 
 
+@lru_cache(maxsize=64)
+def _table(size: tuple[int, ...], block: tuple[int, ...]) -> Tensor:
+    """Which cells the block at each position covers: (positions, cells) of 0 and 1."""
+    table = torch.ones(1, 1, device=CPU)
+    for length, k in zip(size, block, strict=True):
+        begin, cell = torch.arange(length - k + 1, device=CPU)[:, None], torch.arange(length, device=CPU)
+        table = torch.kron(table, ((cell >= begin) & (cell < begin + k)).float())
+    return table
+
+
 def _spread_(flat: Tensor, step: int, length: int) -> None:
     """Let each 1 mark the `length - 1` bytes after it, `step` apart, in as few doublings as it takes."""
     done = 1
@@ -220,6 +258,9 @@ def _scaled(
     """Return the draw carried out on `x`, its scale (`rescale`, or by None cells / kept cells), and its marks."""
     if x.numel() == 0:
         return x.clone(), 1.0, None
+    if _is_light(x, draw):
+        factor, rescale = _factor(draw, rescale, x.dtype)
+        return x * factor, rescale, None
     marks = _marks(x, draw) if marks is None else marks
     if rescale is None:
         cells = draw.cells if isinstance(marks, Blocks) else marks.numel()
@@ -237,12 +278,26 @@ def _scaled(
 
 def _masked(x: Tensor, marks: Tensor, rescale: float, in_place: bool) -> Tensor:
     """`x` times the scale where bytes are 0, in one go; the bytes are widened a part at a time."""
-    if marks.numel() < x.numel():
+    if marks.numel() < x.numel():  # few, but too many to be kept as wide as `x` is
         return x * (marks ^ 1).to(x.dtype).mul_(rescale)
     y = x if in_place else torch.empty_like(x)
     for part, dropped, made in in_parts(x, marks, y):
         torch.mul(part, (dropped ^ 1).to(x.dtype).mul_(rescale), out=made)
     return y
+
+
+def _is_light(x: Tensor, draw: Draw) -> bool:
+    """Whether the mask, as wide as `x` is, takes no more than a byte for each element of `x`."""
+    return x.dtype in _WIDE and draw.entries * x.itemsize <= x.numel()
+
+
+def _factor(draw: Draw, rescale: float | None, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The draw as what to multiply with, and the scale in it (by None cells / kept cells)."""
+    kept = draw.kept(dtype)
+    if rescale is None:
+        left = float(kept.sum(dtype=torch.float64))
+        rescale = kept.numel() / left if left else 0.0
+    return kept.mul_(rescale), rescale
 
 
 def in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -338,11 +393,6 @@ class _Eager(torch.autograd.Function):
         return _Eager.apply(grad, ctx.draw, ctx.scale, marks, False), None, None, None, None
 
 
-def is_traced(x: Tensor) -> bool:
-    """Whether something looks on at what is done to `x`, so that its values must not be read."""
-    return torch.compiler.is_compiling() or type(x) not in _PLAIN or _get_current_dispatch_mode() is not None
-
-
 def run(
     x: Tensor,
     p: Tensor,
@@ -359,8 +409,10 @@ def run(
     if is_traced(x):
         y: Tensor = drop_blocks(x, p, key, block, share_channels, exact, counted, scaled)[0]
         return y
-    plan = _planned(x, p, key, block, share_channels, exact, counted, scaled)
-    direct: Tensor = _Eager.apply(x, *plan, None, in_place)
+    draw, rescale = _planned(x, p, key, block, share_channels, exact, counted, scaled)
+    if x.numel() and _is_light(x, draw):
+        return x * _factor(draw, rescale, x.dtype)[0]
+    direct: Tensor = _Eager.apply(x, draw, rescale, None, in_place)
     return direct
 
 

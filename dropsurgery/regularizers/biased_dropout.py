@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._blocks import by_samples, in_parts, is_traced
+from dropsurgery.regularizers._blocks import by_samples, in_parts
+from dropsurgery.regularizers._tracing import is_traced, is_transformed
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -41,6 +42,8 @@ def biased_dropout(x: Tensor, p: float | Tensor, delta: float = 0.2, *, key: Ten
     marks = _marks(x.detach(), uniform(x.shape, x.device, key), *rates)
     # Of a group that is dropped as a whole nothing is left to be scaled.
     scales = (1 / (1 - each).clamp(min=torch.finfo(each.dtype).eps) for each in rates)
+    if is_transformed():
+        return x * _factor(marks, *scales).to(x.dtype)
     y: Tensor = _Marked.apply(x, marks, *scales)
     return y
 

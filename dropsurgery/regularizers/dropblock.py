@@ -32,6 +32,7 @@ from dropsurgery.regularizers._coverage import (
     seed_probability,
 )
 from dropsurgery.regularizers._maps import MapRegularizer, channels_at
+from dropsurgery.regularizers._tracing import is_transformed
 from dropsurgery.regularizers._uniform import uniform
 
 Gamma = Literal["paper", "exact"]
@@ -70,7 +71,7 @@ def drop_block(
     maps = x if axis == 1 else x.movedim(axis, 1)
     block = _block(maps.shape[2:], block_size, clamp)
     exact = gamma == "exact"
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not is_transformed():
         y = run(maps, rate, key, block, share_channels, exact, True)
     else:
         y = _drop_block(maps, rate, key, block, share_channels, exact)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._blocks import run
+from dropsurgery.regularizers._tracing import is_transformed
 from dropsurgery.regularizers._uniform import keep_scale
 
 Rescale = Literal["train", "test"]
@@ -33,7 +34,7 @@ def dropout(x: Tensor, p: float | Tensor, *, rescale: Rescale = "train", key: Te
 
 def drop(x: Tensor, p: Tensor, key: Tensor | None, *, scaled: bool = True, in_place: bool = False) -> Tensor:
     """`dropout` by a rate that is a tensor; with `in_place`, `x` may be written to."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or is_transformed():
         return x * keep_scale(x.shape, p, x, key, rescale=scaled)
     maps = x if x.dim() > 2 else x.reshape(1, 1, -1)
     return run(maps, p, key, [1] * (maps.dim() - 2), False, False, False, scaled, in_place).view(x.shape)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor
 from dropsurgery.regularizers._blocks import fresh_key
+from dropsurgery.regularizers._tracing import is_transformed
 from dropsurgery.regularizers._uniform import scale_of
 
 
@@ -30,9 +31,12 @@ def gaussian_dropout(x: Tensor, p: float | Tensor, *, key: Tensor | None = None)
     """
     rate = rate_tensor(p, x.device)
     if key is None:
-        if x.device.type != "cpu":  # a key is read on the host, which a captured CUDA graph would do only once
+        # A key is read on the host, which a captured CUDA graph would do only once.
+        if x.device.type != "cpu" or is_transformed():
             return _times(x, torch.randn(x.shape, device=x.device, dtype=torch.float32), rate)
         key = fresh_key()
+    if is_transformed():
+        return _times(x, keyed_normal(x.shape, x.device, key), rate)
     y: Tensor = _DrawnTwice.apply(x, rate, key)
     return y
 

@@ -74,6 +74,8 @@ def shake_shake(
 class _Mixed(torch.autograd.Function):
     """A weighted sum, whose gradients have weights of their own."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(a: Tensor, b: Tensor, forth_a: Tensor, forth_b: Tensor, back_a: Tensor, back_b: Tensor) -> Tensor:
         return torch.addcmul(a * forth_a, b, forth_b)  # not in place: compilers of torch 2.11 lose the gradient

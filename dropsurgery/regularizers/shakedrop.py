@@ -26,7 +26,8 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._blocks import fresh_key, is_traced
+from dropsurgery.regularizers._blocks import fresh_key
+from dropsurgery.regularizers._tracing import is_traced, is_transformed
 from dropsurgery.regularizers._uniform import uniform
 
 Level = Literal["batch", "image", "channel", "pixel"]
@@ -52,6 +53,8 @@ def shakedrop(
     """
     _check(level, forward_range, backward_range)
     gate = uniform((), x.device, key) >= rate_tensor(p, x.device)
+    if is_transformed():
+        return _shaken_at_once(x, gate, _shape_of(level, x.shape, channel_axis), key, (forward_range, backward_range))
     # Backward draws its numbers from a key: none have to be kept, and a second time they are the same. One that
     # forward has used too: a compiler would ask for another one inside backward, where the answer is an older one.
     forth, back = (None, fresh_key()) if key is None else (key + 1, key + 2)
@@ -61,6 +64,38 @@ def shakedrop(
     factor = _factor(gate, shape, forth, forward_range, x)
     y: Tensor = _Shaken.apply(x, factor, gate, back, shape, backward_range)
     return y
+
+
+def _shaken_at_once(
+    x: Tensor, gate: Tensor, shape: Sequence[int], key: Tensor | None, ranges: tuple[Range, Range]
+) -> Tensor:
+    """The same with the numbers of backward drawn in forward, and kept: a transform knows no later draws."""
+    keys = (None, None) if key is None else (key + 1, key + 2)
+    opened = gate.float()
+    factors = []
+    for each, (low, high) in zip(keys, ranges, strict=True):
+        numbers = low + (high - low) * uniform(shape, x.device, each)
+        factors.append((opened + (1 - opened) * numbers).to(x.dtype))
+    y: Tensor = _Twofold.apply(x, *factors)
+    return y
+
+
+class _Twofold(torch.autograd.Function):
+    """x times a factor, and its gradient times another one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, forth: Tensor, back: Tensor) -> Tensor:
+        return x * forth
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad * ctx.saved_tensors[0], None, None
 
 
 def _shape_of(level: Level, shape: Sequence[int], channel_axis: int) -> list[int]:

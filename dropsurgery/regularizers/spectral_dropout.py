@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._blocks import by_samples, is_traced
+from dropsurgery.regularizers._blocks import by_samples
 from dropsurgery.regularizers._maps import extent, require_images
+from dropsurgery.regularizers._tracing import is_traced, is_transformed
 from dropsurgery.regularizers._uniform import scale_of, uniform
 
 
@@ -41,7 +42,10 @@ def spectral_dropout(
     drop, weak = (rate_tensor(rate, x.device) for rate in (p, p_weak))
     maps = x.movedim(channel_axis, 1).to(torch.promote_types(x.dtype, torch.float32))
     left = uniform(maps.shape, x.device, key) >= drop
-    y: Tensor = _Thinned.apply(maps, left, weak, scale_of(drop).to(maps.dtype))
+    scale = scale_of(drop).to(maps.dtype)
+    if is_transformed():  # where no other layout than the usual one can be asked for
+        return _thinned(maps, left, weak, scale)[0].to(x.dtype).movedim(1, channel_axis)
+    y: Tensor = _Thinned.apply(maps, left, weak, scale)
     return _like(y.to(x.dtype).movedim(1, channel_axis), x)
 
 
@@ -103,8 +107,7 @@ class _Thinned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, left: Tensor, weak: Tensor | None, scale: Tensor) -> Tensor:
-        with _full_precision(maps.device.type):
-            y, kept = _thinned(maps, left, weak, scale)
+        y, kept = _thinned(maps, left, weak, scale)
         ctx.save_for_backward(kept, scale)
         return y
 
@@ -119,9 +122,10 @@ def _thinned(maps: Tensor, left: Tensor, weak: Tensor | None, scale: Tensor) -> 
     down, right = (_cosines(size, maps) for size in maps.shape[2:])
 
     def thin(maps: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        spectrum = torch.einsum("ih,bchw,jw->bcij", down, maps.contiguous(), right)
-        kept = kept if weak is None else kept & _strong(spectrum, weak)
-        return torch.einsum("ih,bcij,jw->bchw", down, spectrum * kept * scale, right), kept
+        with _full_precision(maps.device.type):
+            spectrum = torch.einsum("ih,bchw,jw->bcij", down, maps.contiguous(), right)
+            kept = kept if weak is None else kept & _strong(spectrum.detach(), weak)
+            return torch.einsum("ih,bcij,jw->bchw", down, spectrum * kept * scale, right), kept
 
     if is_traced(maps) or maps.numel() == 0:
         return thin(maps, left)
@@ -138,7 +142,7 @@ def _strong(spectrum: Tensor, share: Tensor) -> Tensor:
     cells = size.shape[2]
     removed = (share * cells + _ROUNDING).floor().long()
     index = removed.clamp(max=cells - 1)
-    if size.device.type == "cpu":
+    if size.device.type == "cpu" and not is_transformed():
         least: Tensor = nth_smallest(size, index)
     else:
         least = size.sort(dim=2).values.gather(2, index.expand(*size.shape[:2], 1))

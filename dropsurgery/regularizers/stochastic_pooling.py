@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer
-from dropsurgery.regularizers._blocks import is_traced
 from dropsurgery.regularizers._hosts import own_class, require_host
+from dropsurgery.regularizers._tracing import is_traced
 from dropsurgery.regularizers._uniform import uniform
 
 Sizes = int | Sequence[int]

@@ -470,6 +470,50 @@ def drops_what_it_expects(make: Make) -> None:
     assert abs(shares.mean() - expected) <= 4 * shares.std() / len(shares) ** 0.5
 
 
+def follows_transforms_of_functions(make: Make) -> None:
+    """`torch.func.grad` belongs to the result that was drawn; `vmap` draws apart or alike as asked, by a seed alike."""
+    layer = make()
+    inputs = inputs_of(layer)
+    if inputs[0].is_floating_point():
+        inputs = tuple(x.abs() + 0.1 for x in inputs)
+        y, pull = torch.func.vjp(lambda *given: tree_leaves(layer(*given))[0], *inputs)
+        grad = pull(torch.ones_like(y))[0]
+        assert grad.isfinite().all() and grad.any()
+        if layer.kind == "insert" and layer.drops == "zero" and not learned(layer):
+            assert torch.equal(grad == 0, y == 0)
+    if _maps_over(lambda *given: plain(layer, given), inputs):
+        _maps_as_asked(layer, inputs)
+
+
+def _maps_over(call: Callable[..., Any], inputs: Inputs) -> bool:
+    """Whether torch itself can map over a host."""
+    try:
+        torch.func.vmap(call)(*(x[None] for x in inputs))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _maps_as_asked(layer: Regularizer, inputs: Inputs) -> None:
+    entries = [torch.stack([x] * 32) for x in inputs]
+
+    def mapped(randomness: str) -> Tensor:
+        return tree_leaves(torch.func.vmap(layer, randomness=randomness)(*entries))[0]
+
+    apart, alike = mapped("different"), mapped("same")
+    assert all(torch.equal(y, alike[0]) for y in alike)
+    assert all(torch.equal(y, apart[0]) for y in apart) != is_random(layer)
+    if layer.drops == "zero" and not getattr(layer, "uncounted", ""):
+        shares = torch.stack([(y == 0).double().mean() for y in torch.cat([apart, mapped("different")])])
+        expected = layer.expected_drop(tuple(inputs[0].shape))
+        assert abs(shares.mean() - expected) <= 4 * shares.std() / len(shares) ** 0.5
+    layer.context, layer.site_id = Context(seed=3), "site"
+    assert torch.equal(*mapped("same")[:2])
+    if is_random(layer):
+        with pytest.raises(SurgeryError, match="randomness='same'"):
+            mapped("different")
+
+
 LAWS = [
     declares_itself,
     off_is_identity,
@@ -489,6 +533,7 @@ LAWS = [
     keeps_little_for_backward,
     differentiates_twice,
     drops_what_it_expects,
+    follows_transforms_of_functions,
 ]
 CASES = [
     (name, example)
@@ -813,6 +858,16 @@ class Once(Kept):
         return _Once.apply(x)
 
 
+class Detached(Kept):
+    def drop(self, x: Tensor) -> Tensor:
+        return x + (super().drop(x) - x).detach()
+
+
+class Untransformed(Kept):
+    def drop(self, x: Tensor) -> Tensor:
+        return _Once.apply(super().drop(x))
+
+
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -859,6 +914,7 @@ BREACHES = {
     keeps_little_for_backward: [Hoarding],
     differentiates_twice: [Once],
     drops_what_it_expects: [Boastful, BoastfulNoise, Endless],
+    follows_transforms_of_functions: [Untransformed, Elsewhere, Detached],
 }
 
 

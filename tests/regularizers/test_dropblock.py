@@ -433,3 +433,18 @@ def test_the_way_of_other_devices_compiles_with_a_moving_rate(exact: bool) -> No
         mean, error = shares_and_error(y == 0)
         expected = rate if exact else expected_share(seed_probability(rate, (9, 12), (3, 4), False), (9, 12), (3, 4))
         assert abs(mean - expected) <= 4 * error
+
+
+@pytest.mark.parametrize(
+    ("size", "block"), [((14, 14), (7, 7)), ((9, 5), (2, 4)), ((30,), (7,)), ((5, 4, 6), (2, 3, 4)), ((6, 6), (1, 3))]
+)
+def test_a_table_of_blocks_says_what_spreading_says(
+    size: tuple[int, ...], block: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = _blocks.Draw((4, 1), size, block, 0.05, key=3)
+    assert draw.is_tabled
+    looked_up, kept = draw.mask(), draw.kept(torch.float64)
+    monkeypatch.setattr(_blocks, "_TABLE", 0)
+    assert not draw.is_tabled
+    assert torch.equal(looked_up, draw.mask()) and 0 < looked_up.sum() < looked_up.numel()
+    assert torch.equal(kept, 1.0 - looked_up) and torch.equal(kept, draw.kept(torch.float64))

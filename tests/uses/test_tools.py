@@ -244,3 +244,26 @@ def test_mapped_over_a_batch_of_batches() -> None:
     x = torch.stack([images(), images().flip(0)])
     with torch.no_grad():
         assert torch.allclose(torch.func.vmap(gm)(x), torch.stack([model(part) for part in x]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["convnext", "vit"])
+def test_gradients_sample_by_sample(name: str) -> None:
+    """Each sample's own gradient through its own masks; at p = 0 that of the model."""
+    gm = emitted(name, steps=STEPS).train()
+    assert any(regularizer.p > 0 for regularizer in gm.surgery.regularizers.values())
+    x, targets = images()[:1].expand(4, -1, -1, -1), torch.zeros(4, dtype=torch.long)
+
+    def gradients(net: nn.Module) -> Tensor:
+        weights = {key: weight.detach() for key, weight in net.named_parameters()}
+
+        def loss(weights: dict[str, Tensor], sample: Tensor, target: Tensor) -> Tensor:
+            logits = torch.func.functional_call(net, weights, (sample[None],))
+            return torch.nn.functional.cross_entropy(logits, target[None])
+
+        of_each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), randomness="different")(weights, x, targets)
+        return torch.cat([grad.flatten(1) for key, grad in of_each.items()], 1)
+
+    apart = gradients(gm)
+    assert not torch.allclose(apart[0], apart[1], atol=1e-5)
+    with gm.surgery.active(p=0.0):
+        assert torch.allclose(gradients(gm), gradients(plain(name).train()), atol=1e-4)
