@@ -17,9 +17,12 @@ from torch import fx, nn
 
 from dropsurgery import api, catalogue
 from dropsurgery.analysis import laws, memory, values
+from dropsurgery.analysis.examples import smaller_images
 from dropsurgery.analysis.traces import NotComparable
 from dropsurgery.capture import Captured, capture
-from dropsurgery.errors import PlanError, SurgeryError
+from dropsurgery.capture.inputs import resolve_inputs
+from dropsurgery.capture.levels import describe
+from dropsurgery.errors import CaptureError, PlanError, SurgeryError
 from dropsurgery.models import example_inputs, family, make_model
 from dropsurgery.planning import Sites, plan
 from dropsurgery.recipe import Recipe, load_recipe
@@ -148,13 +151,26 @@ def _built(made: Certificate) -> nn.Module:
 
 def _captured(made: Certificate, model: nn.Module) -> Captured:
     with _stage(made, "capture", REFUSED):
-        captured = capture(model, example_inputs(made.model))
+        captured = _captured_small(made, model) or capture(model, example_inputs(made.model))
     view = captured.view
     made.status = OPAQUE if view.opaque else WHOLE
     made.nodes = len(view.graph.nodes)
     parts = {part.path: part for part in view.opaque}
     made.opaque = [{"path": p, "class": type(o.module).__name__, "reason": o.reason} for p, o in parts.items()]
     return captured
+
+
+def _captured_small(made: Certificate, model: nn.Module) -> Captured | None:
+    """For numbers: captured on smaller images, if those of the model are large and it takes others as well."""
+    if made.kind != VALUES:
+        return None
+    inputs, *_ = resolve_inputs(model, example_inputs(made.model))
+    for smaller in smaller_images(inputs):
+        with suppress(CaptureError):
+            captured = capture(model, smaller[0] or smaller[1])
+            made.notes.append(f"numbers on smaller images: {describe(*smaller)}")
+            return captured
+    return None
 
 
 def _operated(made: Certificate, captured: Captured, recipe: Recipe | None) -> fx.GraphModule | None:

@@ -1,8 +1,9 @@
-"""Inputs made of an example: with numbers, with other batch sizes, with larger images."""
+"""Inputs made of an example: with numbers, with other batch sizes, with larger or smaller images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from dropsurgery.capture import Inputs
 
 # To the height and to the width: not the same, and what a stride of 32 divides.
 _GROWTH = (32, 64)
+_LARGE = 400
 
 
 def more_samples(inputs: Inputs) -> Inputs:
@@ -30,6 +32,27 @@ def larger_images(inputs: Inputs) -> Inputs | None:
 
     made: Inputs = _mapped(inputs, lambda x: grow(x) if x.dim() >= 4 else x, lambda images: list(map(grow, images)))
     return made if grown else None
+
+
+def smaller_images(inputs: Inputs) -> Iterator[Inputs]:
+    """The same with images a fourth, a third, half as wide, where they are so large that numbers take minutes."""
+    for parts in (4, 3, 2):
+        shrunk: list[Tensor] = []
+        shrink = partial(_shrink, parts, shrunk)
+        made: Inputs = _mapped(inputs, shrink, partial(_each, shrink))
+        if shrunk:
+            yield made
+
+
+def _shrink(parts: int, shrunk: list[Tensor], x: Tensor) -> Tensor:
+    if x.dim() < 4 or min(x.shape[-2:]) < _LARGE or any(size % parts for size in x.shape[-2:]):
+        return x
+    shrunk.append(x.new_zeros((*x.shape[:-2], *(size // parts for size in x.shape[-2:]))))
+    return shrunk[-1]
+
+
+def _each(change: Callable[[Tensor], Tensor], images: list[Tensor]) -> list[Tensor]:
+    return [change(image) for image in images]
 
 
 def with_numbers(inputs: Inputs, device: str = "cpu") -> Inputs:

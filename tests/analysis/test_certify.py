@@ -79,6 +79,33 @@ def test_a_sound_model(kind: str) -> None:
     assert Certificate(**made.to_json()) == made
 
 
+class Tiled(nn.Sequential):
+    """Takes images whose side is one of some tiles."""
+
+    side = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] % self.side == 0
+        return super().forward(x)
+
+
+class Fixed(Tiled):
+    side = 600
+
+
+@pytest.mark.parametrize(("cls", "note"), [(Tiled, "[2, 3, 200, 200]"), (Fixed, "")])
+def test_numbers_are_compared_on_smaller_images(
+    cls: type[nn.Sequential], note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certifying, "example_inputs", lambda name: torch.empty(2, 3, 600, 600, device="meta"))
+    monkeypatch.setitem(MODELS, "large", lambda: conv(cls))
+    monkeypatch.setattr(certifying.values, "same_values", lambda model, gm, inputs: iter([str(inputs[0][0].shape)]))
+    made = certify("large", kind=VALUES)
+    assert note in "".join(made.notes) and bool(made.notes) == bool(note)
+    assert made.broken == [f"torch.Size({note or '[2, 3, 600, 600]'})"]
+    assert not certify("large").notes
+
+
 def test_opaque_parts_are_told() -> None:
     made = certify("opaque")
     assert made.sound and made.status == OPAQUE
