@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass
 from itertools import groupby, pairwise
 from math import log2
+from typing import NamedTuple
 
 from torch import fx
 
@@ -37,8 +37,7 @@ from dropsurgery.capture.spaces import Space, main_input
 from dropsurgery.kinds import conv_fact
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a node of the backbone lies: its `stage`, its `depth` in [0, 1] and, inside a residual block, `block`."""
 
     stage: int | None
