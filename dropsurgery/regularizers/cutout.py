@@ -119,7 +119,7 @@ def _spans(numbers: Tensor, size: int, length: int) -> Tensor:
     centres = (numbers * size).floor()[..., None]
     cells = torch.arange(size, device=numbers.device)
     inside = (cells >= centres - length // 2) & (cells < centres + length // 2)
-    return inside.view(torch.uint8)  # bytes: with bool, all that follows takes ten times as long
+    return inside.to(torch.uint8)  # bytes: with bool, all that follows takes ten times as long
 
 
 def _outside(rows: Tensor, columns: Tensor) -> Tensor:

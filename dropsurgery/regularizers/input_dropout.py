@@ -42,7 +42,7 @@ def input_dropout(
     rate = rate_tensor(p, x.device)
     shape = list(x.shape)
     shape[channel_axis] = 1
-    kept = (uniform(shape, x.device, key) >= rate).view(torch.uint8)
+    kept = (uniform(shape, x.device, key) >= rate).to(torch.uint8)
     return x * kept * scale_of(rate).to(x.dtype)  # bytes first: they are all that backward needs
 
 
