@@ -15,9 +15,20 @@ from dropsurgery.capture.joins import Join, find_joins
 from dropsurgery.capture.roles import find_roles
 from dropsurgery.capture.spaces import Space, find_spaces, main_input
 from dropsurgery.capture.stages import find_places
-from dropsurgery.capture.view import UNKNOWN
 
 __all__ = ["Join", "annotate"]
+
+_NOTHING: dict[str, Any] = {
+    "stage": None,
+    "reduction": None,
+    "depth": None,
+    "block": None,
+    "flow": "trunk",
+    "role": None,
+    "channel_axis": None,
+    "channels": None,
+    "trainable": True,
+}
 
 
 def annotate(graph: fx.Graph) -> None:
@@ -34,7 +45,7 @@ def annotate(graph: fx.Graph) -> None:
     - `join`: a `Join`, on residual additions only; `no_join`: the reason, on all other additions.
     """
     for node in graph.nodes:
-        node.meta.update(UNKNOWN)
+        node.meta.update(_NOTHING)
     flow = Dataflow(graph)
     spaces = find_spaces(flow)
     roles = find_roles(flow, spaces)

@@ -23,21 +23,6 @@ from dropsurgery.graph import add_node
 from dropsurgery.records import TensorFact
 
 Call = Level | Opaque | Leaf
-UNKNOWN: dict[str, Any] = {
-    "stage": None,
-    "reduction": None,
-    "depth": None,
-    "block": None,
-    "flow": "trunk",
-    "role": None,
-    "channel_axis": None,
-    "channels": None,
-    "trainable": True,
-}
-"""The facts that `facts.py` fills in, before it has."""
-_SINGLE = frozenset((fx.Node, int, float, bool, str, type(None)))
-# All that is known of a node in the end: its dict is of the right size from the beginning.
-_FACTS = {"call": 0, **UNKNOWN}
 
 
 @dataclass(frozen=True)
@@ -193,17 +178,15 @@ class _Builder:
         return made
 
     def _copy(self, node: fx.Node | None, op: str, target: Any, args: Any, kwargs: Any, owner: str) -> fx.Node:
-        made = add_node(self.graph, op, target, tuple(args), kwargs)
-        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-        path = name if op == "get_attr" else f"{owner}.{name}".lstrip(".")
-        if node is None:
-            made.meta.update({"owner": owner, "path": path, "call": 0})
-            return made
-        if "fact" not in node.meta:  # graphs are shared
-            node.meta["fact"] = fact_of(node.meta.get("value"))
-        made.meta.update(_FACTS | {"owner": owner, "path": path, "level_node": node, "value": node.meta["fact"]})
-        if "random" in node.meta:
-            made.meta["random"] = True
+        made = add_node(self.graph, op, target, tuple(args), dict(kwargs))
+        name = str(target) if isinstance(target, str) else getattr(target, "__name__", str(target))
+        made.meta.update(owner=owner, path=name if op == "get_attr" else f"{owner}.{name}".lstrip("."), call=0)
+        if node is not None:
+            if "fact" not in node.meta:  # graphs are shared
+                node.meta["fact"] = fact_of(node.meta.get("value"))
+            made.meta.update(level_node=node, value=node.meta["fact"])
+            if "random" in node.meta:
+                made.meta["random"] = True
         return made
 
     @staticmethod
@@ -222,8 +205,6 @@ def _speaks(level: Level) -> bool:
 
 
 def _resolve(tree: Any, env: dict[fx.Node, Any]) -> Any:
-    if type(tree) is tuple and all(type(item) in _SINGLE for item in tree):  # most are
-        return tuple([env[item] if type(item) is fx.Node else item for item in tree])
     return map_tree(tree, lambda item: env[item] if isinstance(item, fx.Node) else item)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,27 +44,27 @@ class Draw:
     gamma: float
     key: int
 
-    @cached_property
+    @property
     def region(self) -> tuple[int, ...]:
         """The positions of seeds: (B, C or 1, H - kh + 1, W - kw + 1)."""
         return *self.maps, *(length - k + 1 for length, k in zip(self.size, self.block, strict=True))
 
-    @cached_property
+    @property
     def whole(self) -> bool:
         """Whether a block is a whole map of several cells, so that one number a map says all."""
         return math.prod(self.region[2:]) == 1 < math.prod(self.size)
 
-    @cached_property
+    @property
     def cells(self) -> int:
         """How many cells the mask says of whether they are dropped."""
         return math.prod(self.maps) * math.prod(self.size)
 
-    @cached_property
+    @property
     def entries(self) -> int:
         """How many entries the mask has."""
         return math.prod(self.maps) if self.whole else self.cells
 
-    @cached_property
+    @property
     def is_tabled(self) -> bool:
         """Whether blocks are looked up in a table: small maps, and few of them."""
         table = math.prod(self.region[2:]) * math.prod(self.size)

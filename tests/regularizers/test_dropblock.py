@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 
@@ -446,7 +445,6 @@ def test_a_table_of_blocks_says_what_spreading_says(
     assert draw.is_tabled
     looked_up, kept = draw.mask(), draw.kept(torch.float64)
     monkeypatch.setattr(_blocks, "_TABLE", 0)
-    draw = dataclasses.replace(draw)
     assert not draw.is_tabled
     assert torch.equal(looked_up, draw.mask()) and 0 < looked_up.sum() < looked_up.numel()
     assert torch.equal(kept, 1.0 - looked_up) and torch.equal(kept, draw.kept(torch.float64))
