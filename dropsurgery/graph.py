@@ -31,10 +31,15 @@ def add_node(
 ) -> fx.Node:
     """`Graph.create_node` in half its time: that one looks for symbolic numbers in all arguments, where none can be."""
     node = graph.create_node(op, target, name=_word(target if isinstance(target, str) else target.__name__))
-    node.args = args
+    _set_args(node, args)
     if kwargs:
-        node.kwargs = kwargs
+        _set_kwargs(node, kwargs)
     return node
+
+
+# What assigning these does, without `Node.__setattr__`, which looks whether something else is assigned.
+_set_args: Callable[[fx.Node, Any], None] = fx.Node.args.fset  # type: ignore[attr-defined]
+_set_kwargs: Callable[[fx.Node, Any], None] = fx.Node.kwargs.fset  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)

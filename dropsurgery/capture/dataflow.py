@@ -62,11 +62,12 @@ class Dataflow:
 
     def weighted(self, node: fx.Node) -> bool:
         """Whether the node has parameters, its own or passed to it (`F.conv2d`, a layer scale)."""
-        if node not in self._weighted:
+        known = self._weighted.get(node)
+        if known is None:
             module = node.meta.get("module")
-            given = (_is_weight(source) for source in self._tensors[node] if source not in self.order)
-            self._weighted[node] = any(given) if module is None else bool(_parameters_of(module))
-        return self._weighted[node]
+            known = any(map(_is_weight, self._others(node))) if module is None else bool(_parameters_of(module))
+            self._weighted[node] = known
+        return known
 
     def learns(self, node: fx.Node) -> bool | None:
         """Whether a node's parameters, its own or passed to it, require gradients; None if it has none.
@@ -82,9 +83,16 @@ class Dataflow:
             return True
         return False if weights and kind_of(node) in ("conv", "conv_transpose", "linear", "norm") else None
 
+    def _others(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that an operation takes and that are no data."""
+        tensors = self._tensors[node]
+        if tensors == self.inputs[node]:  # of most operations
+            return []
+        return [source for source in tensors if source not in self.order]
+
     def _passed(self, node: fx.Node) -> list[fx.Node]:
         """The tensors of modules that an operation takes, through what is computed on them before."""
-        found, left = [], [source for source in self._tensors[node] if source not in self.order]
+        found, left = [], self._others(node)
         while left:
             source = left.pop()
             found += [source] if source.op == "get_attr" else []

@@ -44,17 +44,21 @@ def annotate(graph: fx.Graph) -> None:
     - `trainable`: whether the latest parameters on the way to the node require gradients.
     - `join`: a `Join`, on residual additions only; `no_join`: the reason, on all other additions.
     """
-    for node in graph.nodes:
-        node.meta.update(_NOTHING)
     flow = Dataflow(graph)
     spaces = find_spaces(flow)
     roles = find_roles(flow, spaces)
     regions, refused = find_joins(flow, roles)
     body = [node for node in flow.order if roles[node] in ("backbone", "encoder")]
-    for node, place in find_places(flow, spaces, regions, body).items():
-        node.meta.update(stage=place.stage, depth=place.depth, block=place.block)
-    for node in flow.order:
-        node.meta.update(role=roles[node], trainable=_trainable(flow, spaces, node), **_channels(node, spaces[node]))
+    places = find_places(flow, spaces, regions, body)
+    trainable = _trainable(flow, spaces)
+    for node in graph.nodes:
+        meta = node.meta
+        meta.update(_NOTHING)
+        if node in flow.order:
+            meta["role"], meta["trainable"] = roles[node], trainable[node]
+            meta["reduction"], meta["channel_axis"], meta["channels"] = _channels(node, spaces[node])
+        if node in places:
+            meta["stage"], meta["depth"], meta["block"] = places[node]
     for region in regions:
         region.node.meta["join"] = region.join
         for side, name in ((region.branch, "branch"), (region.shortcut, "shortcut")):
@@ -66,21 +70,24 @@ def annotate(graph: fx.Graph) -> None:
     _spread_depth([node for node in flow.order if node.meta["depth"] is None])
 
 
-def _channels(node: fx.Node, space: Space) -> dict[str, Any]:
-    shape = shape_of(node)
-    facts: dict[str, Any] = {"reduction": max(1, round(space.reduction)) if space.size else None}
-    if shape is not None and space.axis is not None and space.axis in (1, len(shape) - 1):
-        facts["channels"] = shape[space.axis]
-        facts["channel_axis"] = 1 if space.axis == 1 and len(shape) != 2 else -1
-    return facts
+def _channels(node: fx.Node, space: Space) -> tuple[int | None, int | None, int | None]:
+    """The reduction of a node's tensor, the axis of its channels and how many there are."""
+    reduction = max(1, round(space.reduction)) if space.size else None
+    shape, axis = shape_of(node), space.axis
+    if shape is None or axis is None or axis not in (1, len(shape) - 1):
+        return reduction, None, None
+    return reduction, 1 if axis == 1 and len(shape) != 2 else -1, shape[axis]
 
 
-def _trainable(flow: Dataflow, spaces: dict[fx.Node, Space], node: fx.Node) -> bool:
-    own = flow.learns(node)
-    if own is not None:
-        return own
-    inputs = flow.inputs[node]
-    return bool(main_input(node, inputs, spaces).meta["trainable"]) if inputs else True
+def _trainable(flow: Dataflow, spaces: dict[fx.Node, Space]) -> dict[fx.Node, bool]:
+    """Whether the latest parameters on the way to each node require gradients."""
+    found: dict[fx.Node, bool] = {}
+    for node, inputs in flow.inputs.items():
+        own = flow.learns(node)
+        if own is None:
+            own = found[main_input(node, inputs, spaces)] if inputs else True
+        found[node] = own
+    return found
 
 
 def _spread_depth(nodes: list[fx.Node]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import heapq
 import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,11 +53,10 @@ class Region:
     shortcut: frozenset[fx.Node]
 
 
-@dataclass(frozen=True)
-class _Side:
+class _Side(NamedTuple):
     """One operand of an addition: what lies on the ways from the fork to it, and the cost of the dearest of them."""
 
-    nodes: frozenset[fx.Node]
+    inside: set[int]
     cost: int
 
 
@@ -64,31 +64,38 @@ def find_joins(flow: Dataflow, roles: dict[fx.Node, str]) -> tuple[list[Region],
     """All residual joins in topological order, and for each other addition the reason why it is none."""
     finder = _Finder(flow, roles)
     refused: dict[fx.Node, str] = {}
-    for node in flow.order:
+    for at, node in enumerate(finder.nodes):
         if flow.kind[node] == "add":
-            found = finder.region(node)
+            found = finder.region(at)
             if isinstance(found, str):
                 refused[node] = found
             else:
                 finder.found.append(found)
                 if found.join.shortcut is not None:
-                    finder.residual[node] = found.join.fork
+                    finder.residual[at] = flow.order[found.join.fork]
     return finder.found, refused
 
 
 class _Finder:
-    """Judges additions in topological order; `residual` are the joins with a shortcut so far, with their forks."""
+    """Judges additions in topological order; `residual` are the joins with a shortcut so far, with their forks.
+
+    Nodes are told by their positions in the dataflow: a chain of additions asks for each of them many times.
+    """
 
     def __init__(self, flow: Dataflow, roles: dict[fx.Node, str]) -> None:
         self.flow, self.roles = flow, roles
         self.found: list[Region] = []
-        self.residual: dict[fx.Node, fx.Node] = {}
-        self._costs = {node: self._cost(node) for node in flow.order}
-        self._mixing = {node for node in flow.order if self._mixes(node)}
-        self._enlarging = {node for node, kind in flow.kind.items() if kind in ("upsample", "conv_transpose")}
+        self.residual: dict[int, int] = {}
+        self.nodes = list(flow.order)
+        order, inputs = flow.order, flow.inputs
+        self._sources = [[order[source] for source in inputs[node]] for node in self.nodes]
+        self._costs = [self._cost(node) for node in self.nodes]
+        self._mixing = {at for at, node in enumerate(self.nodes) if self._mixes(node)}
+        self._enlarging = {order[node] for node, kind in flow.kind.items() if kind in ("upsample", "conv_transpose")}
 
-    def region(self, node: fx.Node) -> Region | str:
+    def region(self, at: int) -> Region | str:
         """The region of a join, or why the addition is none."""
+        node = self.nodes[at]
         ends = [operand for operand in node.args[:2] if isinstance(operand, fx.Node)]
         if len(ends) < 2:
             return "add has an operand that is no tensor, or one passed by keyword"
@@ -98,54 +105,86 @@ class _Finder:
             return f"add has operands of shapes {shape_of(ends[0])} and {shape_of(ends[1])}"
         if self.roles[node] == "head":
             return "add merges two heads, after the map is given up"
-        fork, between = _fork(self.flow, ends[0], ends[1])
-        if fork is None or shape_of(fork) is None:
+        left, right = (self.flow.order[end] for end in ends)
+        fork, needed = self._fork(left, right)
+        if fork is None or shape_of(self.nodes[fork]) is None:
             return "add has operands that come from no common tensor"
-        sides = [
-            self._side(fork, end, [n for n, needed in between if needed & bit])
-            for end, bit in zip(ends, (1, 2), strict=True)
-        ]
-        return self._objection(node, fork, sides) or self._oriented(node, fork, sides)
+        sides = [self._side(fork, left, needed, 1), self._side(fork, right, needed, 2)]
+        return self._objection(at, fork, sides) or self._oriented(node, fork, sides)
 
-    def _side(self, fork: fx.Node, end: fx.Node, nodes: list[fx.Node]) -> _Side:
-        """What lies between the fork and an operand, of the later `nodes`, in order, that the operand needs."""
+    def _fork(self, left: int, right: int) -> tuple[int | None, list[tuple[int, int]]]:
+        """The latest node that both depend on, and all later ones in order, with a bit for each side that needs them.
+
+        Nodes are taken latest first, so that only those between fork and join are visited.
+        """
+        needed = {left: 1}
+        needed[right] = needed.get(right, 0) | 2
+        queue = [-at for at in needed]
+        heapq.heapify(queue)
+        taken: list[tuple[int, int]] = []
+        while queue:
+            at = -heapq.heappop(queue)
+            bits = needed[at]
+            if bits == 3:
+                return at, taken[::-1]
+            taken.append((at, bits))
+            for source in self._sources[at]:
+                before = needed.get(source)
+                if before is None:
+                    heapq.heappush(queue, -source)
+                    needed[source] = bits
+                else:
+                    needed[source] = before | bits
+        return None, taken
+
+    def _side(self, fork: int, end: int, needed: list[tuple[int, int]], bit: int) -> _Side:
+        """What lies between the fork and an operand, of the later nodes that the operand needs."""
         far = {fork: 0}
-        inputs, costs = self.flow.inputs, self._costs
-        for node in nodes:
+        sources, costs = self._sources, self._costs
+        for at, bits in needed:
+            if bits != bit:
+                continue
             way = -1
-            for source in inputs[node]:
+            for source in sources[at]:
                 ahead = far.get(source, -1)
                 if ahead > way:  # many more of these than of all else here: `max` takes twice as long
                     way = ahead
             if way >= 0:
-                far[node] = way + costs[node]
-        return _Side(frozenset(far) - {fork}, far[end])
+                far[at] = way + costs[at]
+        cost = far[end]
+        del far[fork]
+        return _Side(set(far), cost)
 
     def _cost(self, node: fx.Node) -> int:
         kind, weighted = self.flow.kind[node], self.flow.weighted(node)
         layer = kind in _LAYERS or (weighted and kind is None and node.op == "call_module")
         return _LAYER * layer + _WEIGHTED * weighted + _POOL * (kind == "pool")
 
-    def _objection(self, node: fx.Node, fork: fx.Node, sides: list[_Side]) -> str | None:
+    def _objection(self, at: int, fork: int, sides: list[_Side]) -> str | None:
         """Why operands that come from one fork are no branch and shortcut, whichever is which."""
-        inside = sides[0].nodes | sides[1].nodes | {node}
+        below = sides[0].inside | sides[1].inside
+        inside = below | {at}
+        node = self.nodes[at]
         if not inside.isdisjoint(self._enlarging):
-            closed = all(user in inside for n in inside - {node} for user in self.flow.users[n])
+            order, users = self.flow.order, self.flow.users
+            closed = all(order[user] in inside for each in below for user in users[self.nodes[each]])
             if not closed or self.roles[node] == "decoder":
                 return "add merges different resolutions: an operand is upsampled on its way from the fork"
-        owner = node.meta["owner"]
-        if not inside.isdisjoint(self.residual) and len(self._entries(inside, owner)) > 1:
+        if not inside.isdisjoint(self.residual) and len(self._entries(inside, node.meta["owner"])) > 1:
             return "add merges two tensors that its module was given, with residual blocks between them"
         if not sides[0].cost and not sides[1].cost:
             return "add has no weighted operation between its operands and their fork"
-        if (inside - {node}).isdisjoint(self._mixing):
+        if below.isdisjoint(self._mixing):
             return "add has no convolution, linear layer or pooling between its operands and their fork"
         return None
 
-    def _entries(self, inside: frozenset[fx.Node], owner: str) -> set[fx.Node]:
+    def _entries(self, inside: set[int], owner: str) -> set[int]:
         """The tensors from outside of a module that what lies inside of it takes."""
-        own = {n for n in inside if is_within(n.meta["owner"], owner)}
-        return {source for n in own for source in self.flow.inputs[n] if not is_within(source.meta["owner"], owner)}
+        own = {at for at in inside if self._is_within(at, owner)}
+        return {source for at in own for source in self._sources[at] if not self._is_within(source, owner)}
+
+    def _is_within(self, at: int, module: str) -> bool:
+        return is_within(self.nodes[at].meta["owner"], module)
 
     def _mixes(self, node: fx.Node) -> bool:
         kind = self.flow.kind[node]
@@ -153,42 +192,23 @@ class _Finder:
             return True
         return node.op == "call_module" and kind not in _POINTWISE
 
-    def _oriented(self, node: fx.Node, fork: fx.Node, sides: list[_Side]) -> Region | str:
+    def _oriented(self, node: fx.Node, fork: int, sides: list[_Side]) -> Region | str:
         """Tell branch from shortcut by cost."""
         costs = [side.cost for side in sides]
         shortcut = costs.index(min(costs)) if costs[0] != costs[1] else None
         # An inner sum from the same fork is one more way only (three branches written as two additions).
-        streams = [any(self.residual[n] is not fork for n in side.nodes & self.residual.keys()) for side in sides]
+        streams = [any(self.residual[at] != fork for at in side.inside & self.residual.keys()) for side in sides]
         if any(streams) if shortcut is None else streams[shortcut]:
             return "add merges two streams that each have residual blocks of their own"
+        both, start = [self._nodes_of(side) for side in sides], self.nodes[fork]
         if shortcut is None:
-            if not all(any(self.flow.kind[n] in _LAYERS for n in side.nodes) for side in sides):
+            if not all(any(self.flow.kind[n] in _LAYERS for n in side) for side in both):
                 return "add has operands of equal weight, not both with a convolution or linear layer"
-            return Region(node, Join(fork, (0, 1), None), sides[0].nodes | sides[1].nodes, frozenset())
-        straight = sides[shortcut].nodes | {fork}
-        if not all(source in straight for n in sides[shortcut].nodes for source in self.flow.inputs[n]):
+            return Region(node, Join(start, (0, 1), None), both[0] | both[1], frozenset())
+        straight = sides[shortcut].inside | {fork}
+        if not all(source in straight for at in sides[shortcut].inside for source in self._sources[at]):
             return "add has no shortcut: both operands take in something else than their fork"
-        return Region(node, Join(fork, (1 - shortcut,), shortcut), sides[1 - shortcut].nodes, sides[shortcut].nodes)
+        return Region(node, Join(start, (1 - shortcut,), shortcut), both[1 - shortcut], both[shortcut])
 
-
-def _fork(flow: Dataflow, left: fx.Node, right: fx.Node) -> tuple[fx.Node | None, list[tuple[fx.Node, int]]]:
-    """The latest node that both depend on, and all later ones in order, with a bit for each side that needs them.
-
-    Nodes are taken latest first, so that only those between fork and join are visited.
-    """
-    needed = {left: 1}
-    needed[right] = needed.get(right, 0) | 2
-    queue = [(-flow.order[node], node) for node in needed]
-    heapq.heapify(queue)
-    taken: list[tuple[fx.Node, int]] = []
-    while queue:
-        _, node = heapq.heappop(queue)
-        bits = needed[node]
-        if bits == 3:
-            return node, taken[::-1]
-        taken.append((node, bits))
-        for source in flow.inputs[node]:
-            if source not in needed:
-                heapq.heappush(queue, (-flow.order[source], source))
-            needed[source] = needed.get(source, 0) | bits
-    return None, taken
+    def _nodes_of(self, side: _Side) -> frozenset[fx.Node]:
+        return frozenset(map(self.nodes.__getitem__, side.inside))

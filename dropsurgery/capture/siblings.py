@@ -106,9 +106,7 @@ class Siblings:
         """A level as that of another module."""
         children: dict[fx.Node, Level | Opaque | Leaf] = {}
         for node, call in level.children.items():
-            child = module
-            for name in str(node.target).split("."):
-                child = child._modules[name]  # type: ignore[assignment]
+            child = _module_at(module, str(node.target))
             children[node] = self._moved(call, child) if type(call) is Level else Leaf(child, self._paths[child][0])
         reads = {key: self._read(level, value, module) for key, value in level.reads.items()}
         path = self._paths[module][0]
@@ -120,7 +118,7 @@ class Siblings:
         """What another module's forward reads where this level's reads a value."""
         if not isinstance(value, nn.Module):
             return value
-        return module.get_submodule(path_below(self._paths[value], level.path))
+        return _module_at(module, path_below(self._paths[value], level.path))
 
     def _look(self, probe: nn.Module) -> int | None:
         """A number that modules share which cannot be told apart; None for one of which that is unclear."""
@@ -145,6 +143,13 @@ class Siblings:
         module = self._original[probe]
         doubles = _places(module, {}) if module in self._doubled else ()
         return type(probe), tuple(children), tuple(tensors), kept, tuple(plain), doubles
+
+
+def _module_at(module: nn.Module, path: str) -> nn.Module:
+    """`module.get_submodule(path)`, which takes longer."""
+    for name in path.split("."):
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
 
 
 def _holders_of_doubles(paths: Paths) -> set[nn.Module]:

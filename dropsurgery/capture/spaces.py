@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +20,11 @@ from dropsurgery.kinds import kind_of, kinds_of
 _ATTENTION = {operator.matmul, torch.matmul, torch.bmm, F.scaled_dot_product_attention, "matmul", "bmm"}
 _RESHAPES = {torch.reshape, torch.flatten, "reshape", "view", "flatten", "unflatten", "contiguous"}
 _PERMUTES = {torch.permute, "permute"}
+_POOLING = {"reduction", "adaptive_pool"}
 _SWAPS = {torch.transpose, torch.swapaxes, "transpose", "swapaxes", "swapdims"}
 
 
-@dataclass(frozen=True)
-class Space:
+class Space(NamedTuple):
     """Facts of one tensor.
 
     `axis`: index of the channels, None if unknown. `size`: extents of the map that it is or came from.
@@ -73,14 +72,14 @@ def _follow(node: fx.Node, inputs: list[fx.Node], spaces: dict[fx.Node, Space], 
     before, shape = spaces[source], shape_of(node)
     gone = all(spaces[each].collapsed for each in inputs)
     if shape is None:
-        return replace(before, collapsed=gone)
+        return before if gone == before.collapsed else before._replace(collapsed=gone)
     axis = _axis(node, before.axis, shape_of(source), shape)
     vector = len(shape) <= 2 and shape[:1] == whole[:1]  # positions may also be folded into the batch
     same = axis == before.axis and (gone or vector) == before.collapsed
-    space = before if same else replace(before, axis=axis, collapsed=gone or vector)
-    pools = any(kind in ("reduction", "adaptive_pool") for kind in kinds_of(node))
+    space = before if same else before._replace(axis=axis, collapsed=gone or vector)
+    pools = not _POOLING.isdisjoint(kinds_of(node))
     if len(shape) == 3 and len(whole) == 4 and pools and axis is not None and shape[3 - axis] == 1:
-        return replace(space, collapsed=True)
+        return space._replace(collapsed=True)
     if pools and len(shape) == 3:
         return _pool_tokens(space, math.prod(shape_of(source) or ()) // math.prod(shape), shape[1])
     if len(shape) != len(whole) or len(shape) < 3 or axis not in (1, len(shape) - 1) or shape[0] != whole[0]:
@@ -95,7 +94,7 @@ def _pool_tokens(space: Space, ratio: int, tokens: int) -> Space:
     if side < 2 or side**2 != ratio or not space.size or math.prod(space.size) != ratio * tokens:
         return space
     size = tuple(extent // side for extent in space.size)
-    return replace(space, size=size, reduction=space.reduction * side, level=space.level + round(math.log2(side)))
+    return space._replace(size=size, reduction=space.reduction * side, level=space.level + round(math.log2(side)))
 
 
 def _resize(node: fx.Node, space: Space, size: tuple[int, ...], pools: bool) -> Space:
@@ -111,13 +110,13 @@ def _resize(node: fx.Node, space: Space, size: tuple[int, ...], pools: bool) -> 
     pooled = all(extent == 1 for extent in size)
     # A convolution over the whole map is the first fully connected layer of older nets; `x.norm` pools like `x.mean`.
     pools = pools or (pooled and down > 4 and (kind_of(node) != "conv" or space.level > 0))
-    space = replace(space, size=size, collapsed=space.collapsed or (pools and pooled))
+    space = space._replace(size=size, collapsed=space.collapsed or (pools and pooled))
     if down >= 1.5:
         halvings = 0 if pools else round(math.log2(round(down)))
-        return replace(space, reduction=space.reduction * round(down), level=space.level + halvings)
+        return space._replace(reduction=space.reduction * round(down), level=space.level + halvings)
     if up >= 1.5:
         doublings = round(math.log2(round(up)))
-        return replace(space, reduction=space.reduction / round(up), level=space.level - doublings)
+        return space._replace(reduction=space.reduction / round(up), level=space.level - doublings)
     return space
 
 

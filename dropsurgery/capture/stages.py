@@ -119,12 +119,15 @@ class _Backbone:
         floor: dict[fx.Node, float] = dict.fromkeys(self.flow.order, float("inf"))
         own = dict(zip(self.joins, self.levels, strict=True))
         for node in reversed(self.flow.order):
-            floor[node] = min(floor[node], own.get(node, floor[node]))
+            level = floor[node]
+            if node in own:
+                level = floor[node] = min(level, own[node])
             inputs = self.flow.inputs[node]
             kind = self.flow.kind[node]
             if inputs and kind not in ("upsample", "conv_transpose"):
                 for source in [main_input(node, inputs, self.spaces)] if kind == "cat" else inputs:
-                    floor[source] = min(floor[source], floor[node])
+                    if level < floor[source]:
+                        floor[source] = level
         return floor
 
     def _complete_modules(self) -> None:
@@ -148,9 +151,9 @@ class _Backbone:
         ends = dict.fromkeys(self.joins)
         for node in self.nodes:
             sources = self.flow.inputs[node]
-            module = next((prefix for prefix in prefixes(place_of(node)) if prefix in modules), None)
             if node in self.home or not sources:
                 continue
+            module = next((prefix for prefix in prefixes(place_of(node)) if prefix in modules), None)
             source = main_input(node, sources, self.spaces)
             follows = source in ends and not self.flow.weighted(node) and self._continues(source, node)
             if follows and (module is None or self.home[source] in modules[module]):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from dropsurgery.capture.levels import Inputs, Leaf, Level, Opaque, map_tree
@@ -55,6 +56,8 @@ def flat_view(root: Call, inputs: Inputs = ((), {}), *, inline: Callable[[Level]
 
 def fact_of(value: Any) -> Any:
     """The value of a node as plain facts: `TensorFact` for tensors, through containers."""
+    if type(value) is FakeTensor:
+        return _tensor_fact(tuple(value.shape), value.dtype)
     return map_tree(value, lambda v: _tensor_fact(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v)
 
 
@@ -179,22 +182,27 @@ class _Builder:
 
     def _copy(self, node: fx.Node | None, op: str, target: Any, args: Any, kwargs: Any, owner: str) -> fx.Node:
         made = add_node(self.graph, op, target, tuple(args), dict(kwargs))
-        name = str(target) if isinstance(target, str) else getattr(target, "__name__", str(target))
-        made.meta.update(owner=owner, path=name if op == "get_attr" else f"{owner}.{name}".lstrip("."), call=0)
+        name = target if isinstance(target, str) else getattr(target, "__name__", None) or str(target)
+        meta = made.meta
+        meta["owner"], meta["call"] = owner, 0
+        meta["path"] = f"{owner}.{name}" if owner and op != "get_attr" else name
         if node is not None:
-            if "fact" not in node.meta:  # graphs are shared
-                node.meta["fact"] = fact_of(node.meta.get("value"))
-            made.meta.update(level_node=node, value=node.meta["fact"])
-            if "random" in node.meta:
-                made.meta["random"] = True
+            given = node.meta
+            if "fact" not in given:  # graphs are shared
+                given["fact"] = fact_of(given.get("value"))
+            meta["level_node"], meta["value"] = node, given["fact"]
+            if "random" in given:
+                meta["random"] = True
         return made
 
     @staticmethod
     def _name(made: Any, names: Counter[str]) -> None:
         """Number the nodes of one name within their owner."""
         if isinstance(made, fx.Node):
-            made.meta["call"] = names[made.meta["path"]]
-            names[made.meta["path"]] += 1
+            meta = made.meta
+            path = meta["path"]
+            meta["call"] = count = names.get(path, 0)
+            names[path] = count + 1
 
 
 def _speaks(level: Level) -> bool:
@@ -205,6 +213,8 @@ def _speaks(level: Level) -> bool:
 
 
 def _resolve(tree: Any, env: dict[fx.Node, Any]) -> Any:
+    if len(tree) == 1 and type(tree) is tuple and type(tree[0]) is fx.Node:  # half of all
+        return (env[tree[0]],)
     return map_tree(tree, lambda item: env[item] if isinstance(item, fx.Node) else item)
 
 

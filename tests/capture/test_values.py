@@ -125,6 +125,38 @@ def test_functions(x: Tensor) -> None:
     assert picture(values.of_function(torch.cat, (faked, 1), {})) == picture(torch.cat(mixed, 1))
 
 
+def operands(shape: tuple[int, ...]) -> list[Tensor]:
+    """Tensors of one shape: laid out along each order of axes, cut from larger ones, and expanded."""
+    orders = [torch.randn([shape[axis] for axis in order]) for order in itertools.permutations(range(len(shape)))]
+    laid = [
+        x.permute([order.index(axis) for axis in range(len(shape))])
+        for x, order in zip(orders, itertools.permutations(range(len(shape))), strict=True)
+    ]
+    larger = torch.randn([extent + 1 for extent in shape])
+    cut = [x[tuple(slice(extent) for extent in shape)] for x in (larger, larger.transpose(0, -1))]
+    fitting = [x for x in cut if x.shape == shape]
+    return [*laid, *fitting, torch.randn(1, *shape[1:]).expand(shape), torch.randn(shape[:-1]).unsqueeze(-1)]
+
+
+def layout(x: Tensor) -> Any:
+    """Shape, and the strides that matter: along a single element there is no way to go."""
+    return x.shape, [stride for extent, stride in zip(x.shape, x.stride(), strict=True) if extent > 1]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 2), (2, 1, 3), (1, 3, 1), (2, 3, 4, 5)], ids=str)
+def test_elementwise_functions_of_two_lay_their_result_out_as_torch_does(shape: tuple[int, ...]) -> None:
+    functions = (operator.add, torch.mul, operator.sub, operator.truediv)
+    for left, right in itertools.product(operands(shape), repeat=2):
+        values = Values()
+        got = values.of_function(operator.add, (fake(values, left), fake(values, right)), {})
+        assert layout(got) == layout(left + right), (left.stride(), right.stride())
+    for x, function, swapped in itertools.product(operands(shape), functions, (False, True)):
+        values = Values()
+        args = (2.0, x) if swapped and function is not torch.mul else (x, 2.0)
+        got = values.of_function(function, tuple(fake(values, a) if a is x else a for a in args), {})
+        assert layout(got) == layout(function(*args)), (function, x.stride())
+
+
 def test_numbers() -> None:
     values = Values()
     functions = (operator.floordiv, operator.mod, operator.truediv, operator.eq, operator.pow, operator.sub)
