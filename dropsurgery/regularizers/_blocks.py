@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,26 @@ _PART = 1 << 17  # elements that are worked on at once
 _FEW = 1 << 14
 _TABLE, _PRODUCTS = 1 << 15, 1 << 20  # entries of a table of blocks, and how many products with it are worth while
 _ROWS = 255  # as many bytes of 0 or 1 as a byte can add up
+
+
+class _Layout(NamedTuple):
+    """What follows from maps, their size and a block; see `Draw`."""
+
+    region: tuple[int, ...]
+    whole: bool
+    cells: int
+    entries: int
+    is_tabled: bool
+
+
+@lru_cache(maxsize=1024)
+def _layout(maps: tuple[int, int], size: tuple[int, ...], block: tuple[int, ...]) -> _Layout:
+    inner = tuple(length - k + 1 for length, k in zip(size, block, strict=True))
+    positions, points, number = math.prod(inner), math.prod(size), math.prod(maps)
+    whole, table = positions == 1 < points, positions * points
+    small = number * positions <= _FEW and table <= _TABLE and number * table <= _PRODUCTS
+    is_tabled = small and math.prod(block) > 1 and not whole
+    return _Layout((*maps, *inner), whole, number * points, number if whole else number * points, is_tabled)
 
 
 @dataclass(frozen=True)
@@ -47,62 +67,47 @@ class Draw:
     @property
     def region(self) -> tuple[int, ...]:
         """The positions of seeds: (B, C or 1, H - kh + 1, W - kw + 1)."""
-        return *self.maps, *(length - k + 1 for length, k in zip(self.size, self.block, strict=True))
+        return _layout(self.maps, self.size, self.block).region
 
     @property
     def whole(self) -> bool:
         """Whether a block is a whole map of several cells, so that one number a map says all."""
-        return math.prod(self.region[2:]) == 1 < math.prod(self.size)
+        return _layout(self.maps, self.size, self.block).whole
 
     @property
     def cells(self) -> int:
         """How many cells the mask says of whether they are dropped."""
-        return math.prod(self.maps) * math.prod(self.size)
+        return _layout(self.maps, self.size, self.block).cells
 
     @property
     def entries(self) -> int:
         """How many entries the mask has."""
-        return math.prod(self.maps) if self.whole else self.cells
+        return _layout(self.maps, self.size, self.block).entries
 
     @property
     def is_tabled(self) -> bool:
         """Whether blocks are looked up in a table: small maps, and few of them."""
-        table = math.prod(self.region[2:]) * math.prod(self.size)
-        return math.prod(self.block) > 1 and table <= _TABLE and math.prod(self.maps) * table <= _PRODUCTS
+        return _layout(self.maps, self.size, self.block).is_tabled
 
     def is_sparse(self) -> bool:
         """Whether zeroing block by block costs less than a mask."""
-        # In nanoseconds, as measured: 25 a seed and 3 a cell of its block, against 2.5 a position to draw the
-        # words and 1.3 a cell to spread and use the mask.
+        # In nanoseconds, as measured forward and backward: 60 a seed and 3.2 a cell of its block, against 1.5 a
+        # position to draw the bytes and 0.8 a cell to spread and use the mask.
         positions = math.prod(self.region)
-        by_block = self.gamma * positions * (25 + 3 * math.prod(self.block))
-        return by_block < 2.5 * positions + 1.3 * self.cells
+        by_block = self.gamma * positions * (60 + 3.2 * math.prod(self.block))
+        return by_block < 1.5 * positions + 0.8 * self.cells
 
     def seeds(self) -> Tensor:
         """Return the flat positions of the seeds in `region`, ascending; their gaps are geometric."""
-        end = math.prod(self.region)
-        generator = torch.Generator().manual_seed(self.key)
-        if self.gamma == 0:
-            return torch.empty(0, dtype=torch.int64, device=CPU)
-        rate = -math.log1p(-self.gamma)
-        room = int(end * self.gamma + 6 * math.sqrt(end * self.gamma)) + 8  # seldom too small
-        last, found = -1.0, []
-        while last < end:
-            # -log(1 - u) / rate is exponential, its floor geometric; float64, or small rates lose gaps.
-            numbers = torch.rand(room, dtype=torch.float64, device=CPU, generator=generator)
-            gaps = numbers.neg_().log1p_().mul_(-1 / rate)
-            found.append(gaps.floor_().clamp_(max=end).add_(1).cumsum_(0).add_(last))
-            last = found[-1][-1].item()
-        seeds = torch.cat(found)
-        return seeds[: int(torch.searchsorted(seeds, end))].long()
+        return _positions(math.prod(self.region), self.gamma, self._generator())
 
     def mask(self) -> Tensor:
         """Return bytes (B, C or 1, H, W), 1 where dropped; each length is 1 where a block is the whole map."""
+        if self.is_tabled:
+            return (self._covered() != 0).view(torch.uint8)
         region, seeds = self.region, self._marked()
         if math.prod(region[2:]) == 1 or math.prod(self.block) == 1:
             return seeds
-        if self.is_tabled:
-            return (self._covered(seeds) != 0).view(torch.uint8)
         mask = torch.zeros(*self.maps, *self.size, dtype=torch.uint8, device=CPU)
         inside: tuple[slice, ...] = tuple(slice(length) for length in region)
         mask[inside] = seeds
@@ -115,20 +120,29 @@ class Draw:
 
     def kept(self, dtype: torch.dtype) -> Tensor:
         """Return what `mask` does as numbers, 0 where dropped and 1 where kept."""
-        if self.is_tabled and not self.whole:
-            return self._covered(self._marked()).eq_(0).to(dtype)
+        if self.is_tabled:
+            return self._covered().eq_(0).to(dtype)
+        if math.prod(self.region[2:]) == 1 and self.entries <= _FEW:
+            kept = torch.empty(self.region, dtype=dtype, device=CPU)
+            torch.gt(_words(kept.numel(), self._generator()), _limit(self.gamma), out=kept.view(-1))
+            return kept
         return (self.mask() ^ 1).to(dtype)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.key)
 
     def _marked(self) -> Tensor:
         """Bytes of the shape of `region`, 1 where a seed is."""
         seeds = torch.empty(self.region, dtype=torch.uint8, device=CPU)
-        _bernoulli_(seeds.view(-1), self.gamma, torch.Generator().manual_seed(self.key))
+        _bernoulli_(seeds.view(-1), self.gamma, self._generator())
         return seeds
 
-    def _covered(self, seeds: Tensor) -> Tensor:
-        """How many blocks each cell is under, in one operation instead of many small ones."""
-        counts = torch.mm(seeds.view(math.prod(self.maps), -1).float(), _table(self.size, self.block))
-        return counts.view(*self.maps, *self.size)
+    def _covered(self) -> Tensor:
+        """How many blocks each cell is under, in few operations instead of many small ones."""
+        table = _table(self.size, self.block)
+        seeds = torch.empty(math.prod(self.maps), len(table), dtype=torch.float32, device=CPU)
+        seeds.bernoulli_(self.gamma, generator=self._generator())
+        return torch.mm(seeds, table).view(*self.maps, *self.size)
 
     def count(self, blocks: Blocks) -> int:
         """How many cells the blocks cover; a cell under two of them counts once."""
@@ -198,28 +212,51 @@ def count_ones(mask: Tensor) -> int:
     return int(lanes.view(torch.uint8).sum()) + int(flat[whole:].sum())
 
 
-def _bernoulli_(marks: Tensor, p: float, generator: torch.Generator) -> None:
-    """Set each byte to 1 with probability `p`, else to 0, by a random byte; where that leaves it open, by 31 bits more.
+def _words(count: int, generator: torch.Generator) -> Tensor:
+    """Random words of 31 bits."""
+    return torch.empty(count, dtype=torch.int32, device=CPU).random_(generator=generator)
 
-    To draw takes longer than all else that is done with a mask, and a byte is a quarter of the usual float.
+
+def _limit(p: float) -> int:
+    """The last of such words that count as drawn, at probability `p`."""
+    return round(p * 2**31) - 1
+
+
+def _bernoulli_(marks: Tensor, p: float, generator: torch.Generator) -> None:
+    """Set each byte to 1 with probability `p`, else to 0.
+
+    To draw takes longer than all else that is done with a mask, and a byte is a quarter of the usual float. By a
+    random byte each is set with a probability of 256ths; a few more are drawn for what is left of `p`.
     """
     if len(marks) <= _FEW:  # not worth the operations
-        words = torch.empty(len(marks), dtype=torch.int32, device=CPU).random_(generator=generator)
-        torch.le(words, round(p * 2**31) - 1, out=marks.view(torch.bool))
+        torch.le(_words(len(marks), generator), _limit(p), out=marks.view(torch.bool))
         return
-    limit, rest = divmod(round(p * 2**39), 2**31)
-    if limit == 256:
+    if p >= 1:
         marks.fill_(1)
         return
+    limit = int(p * 256)
     for part in torch.split(marks, _PART):
         words = torch.empty((len(part) + 7) // 8, dtype=torch.int64, device=CPU)
         drawn = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
-        made = (drawn < limit).view(torch.uint8)
-        if rest:  # found by eights, of which few hold such a byte
-            eights = (drawn == limit).view(torch.int64).nonzero().view(-1)
-            more = torch.empty(len(eights), 8, dtype=torch.int32, device=CPU).random_(generator=generator) < rest
-            made.view(-1, 8)[eights] |= ((drawn.view(-1, 8)[eights] == limit) & more).view(torch.uint8)
-        part.copy_(made[: len(part)])
+        torch.lt(drawn[: len(part)], limit, out=part.view(torch.bool))
+    marks.index_fill_(0, _positions(len(marks), (256 * p - limit) / (256 - limit), generator), 1)
+
+
+def _positions(end: int, p: float, generator: torch.Generator) -> Tensor:
+    """Draw each of 0 … end - 1 with probability `p`, ascending; the gaps between them are geometric."""
+    if p == 0:
+        return torch.empty(0, dtype=torch.int64, device=CPU)
+    rate = -math.log1p(-p)
+    room = int(end * p + 6 * math.sqrt(end * p)) + 8  # seldom too small
+    last, found = -1.0, []
+    while last < end:
+        # -log(1 - u) / rate is exponential, its floor geometric; float64, or small rates lose gaps.
+        numbers = torch.rand(room, dtype=torch.float64, device=CPU, generator=generator)
+        gaps = numbers.neg_().log1p_().mul_(-1 / rate)
+        found.append(gaps.floor_().clamp_(max=end).add_(1).cumsum_(0).add_(last))
+        last = found[-1][-1].item()
+    positions = torch.cat(found)
+    return positions[: int(torch.searchsorted(positions, end))].long()
 
 
 @lru_cache(maxsize=64)
@@ -277,11 +314,11 @@ def _scaled(
 
 
 def _masked(x: Tensor, marks: Tensor, rescale: float, in_place: bool) -> Tensor:
-    """`x` times the scale where bytes are 0, in one go; the bytes are widened a part at a time."""
+    """`x` times the scale where bytes are 0, in one go; the bytes are widened a quarter at a time."""
     if marks.numel() < x.numel():  # few, but too many to be kept as wide as `x` is
         return x * (marks ^ 1).to(x.dtype).mul_(rescale)
     y = x if in_place else torch.empty_like(x)
-    for part, dropped, made in in_parts(x, marks, y):
+    for part, dropped, made in in_parts(x, marks, y, most=max(_PART, x.numel() // 4)):
         torch.mul(part, (dropped ^ 1).to(x.dtype).mul_(rescale), out=made)
     return y
 
@@ -301,20 +338,20 @@ def _factor(draw: Draw, rescale: float | None, dtype: torch.dtype) -> tuple[Tens
     return kept.mul_(rescale), rescale
 
 
-def in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def in_parts(*tensors: Tensor, most: int = _PART) -> Iterator[tuple[Tensor, ...]]:
     """Go through tensors (B, ...) of one shape some samples at a time, or where all are contiguous some elements.
 
     What is made on the way then takes little memory, and lies in the cache.
     """
     if all(each.is_contiguous() for each in tensors):
-        yield from zip(*(torch.split(each.view(-1), _PART) for each in tensors), strict=True)
+        yield from zip(*(torch.split(each.view(-1), most) for each in tensors), strict=True)
     else:
-        yield from by_samples(*tensors)
+        yield from by_samples(*tensors, most=most)
 
 
-def by_samples(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Go through tensors (B, ...) of one shape, not empty, some samples at a time."""
-    rows = max(1, _PART * tensors[0].shape[0] // tensors[0].numel())
+def by_samples(*tensors: Tensor, most: int = _PART) -> Iterator[tuple[Tensor, ...]]:
+    """Go through tensors (B, ...) of one shape, not empty, some samples at a time: at most so many elements."""
+    rows = max(1, most * tensors[0].shape[0] // tensors[0].numel())
     yield from zip(*(torch.split(each, rows) for each in tensors), strict=True)
 
 
@@ -357,9 +394,12 @@ def _planned(
 ) -> tuple[Draw, float | None]:
     """What to draw, and the scale where it is known before."""
     rate = float(p)
-    gamma = seed_probability(rate, x.shape[2:], block, exact) if x.numel() else 0.0
+    gamma = _gamma(rate, x.shape[2:], tuple(block), exact) if x.numel() else 0.0
     rescale = None if counted else 1 / (1 - rate) if rate < 1 else 0.0
     return _draw(x, block, share_channels, gamma, int(key)), rescale if scaled else 1.0
+
+
+_gamma = lru_cache(maxsize=1024)(seed_probability)
 
 
 @torch.library.custom_op("dropsurgery::repeat_drop_blocks", mutates_args=())

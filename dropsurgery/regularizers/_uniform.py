@@ -42,5 +42,5 @@ def scale_of(p: Tensor) -> Tensor:
 def keep_scale(shape: Sequence[int], p: Tensor, like: Tensor, key: Tensor | None, *, rescale: bool = True) -> Tensor:
     """Return a factor of `shape`, in the dtype of `like`: 0 with probability `p`, else 1 / (1 - p) or 1."""
     kept = uniform(shape, like.device, key) >= p
-    scale = scale_of(p) if rescale else torch.ones_like(p)
-    return torch.where(kept, scale, 0).to(like.dtype)
+    scale = (1 - p).reciprocal() if rescale else 1.0  # infinite at p = 1, where nothing is kept
+    return torch.where(kept, scale, 0.0).to(like.dtype)

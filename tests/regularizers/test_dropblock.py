@@ -438,13 +438,40 @@ def test_the_way_of_other_devices_compiles_with_a_moving_rate(exact: bool) -> No
 @pytest.mark.parametrize(
     ("size", "block"), [((14, 14), (7, 7)), ((9, 5), (2, 4)), ((30,), (7,)), ((5, 4, 6), (2, 3, 4)), ((6, 6), (1, 3))]
 )
-def test_a_table_of_blocks_says_what_spreading_says(
-    size: tuple[int, ...], block: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_of_blocks_covers_what_each_seed_covers(size: tuple[int, ...], block: tuple[int, ...]) -> None:
     draw = _blocks.Draw((4, 1), size, block, 0.05, key=3)
     assert draw.is_tabled
-    looked_up, kept = draw.mask(), draw.kept(torch.float64)
-    monkeypatch.setattr(_blocks, "_TABLE", 0)
-    assert not draw.is_tabled
-    assert torch.equal(looked_up, draw.mask()) and 0 < looked_up.sum() < looked_up.numel()
-    assert torch.equal(kept, 1.0 - looked_up) and torch.equal(kept, draw.kept(torch.float64))
+    seeds = torch.empty(draw.region).bernoulli_(draw.gamma, generator=torch.Generator().manual_seed(draw.key))
+    covered = np.zeros((4, 1, *size), dtype=np.uint8)
+    for sample, _, *corner in seeds.nonzero().tolist():
+        covered[sample, 0][tuple(slice(at, at + k) for at, k in zip(corner, block, strict=True))] = 1
+    assert np.array_equal(draw.mask().numpy(), covered) and 0 < covered.sum() < covered.size
+    assert np.array_equal(draw.kept(torch.float64).numpy(), 1.0 - covered)
+
+
+@pytest.mark.parametrize("maps", [(8, 16), (300, 64)])
+def test_what_is_kept_of_whole_maps_is_what_is_not_dropped(maps: tuple[int, int]) -> None:
+    draw = _blocks.Draw(maps, (7, 5), (7, 5), 0.3, key=3)
+    assert draw.whole and torch.equal(draw.kept(torch.float32), 1.0 - draw.mask())
+    assert 0 < draw.mask().sum() < draw.mask().numel()
+
+
+RATES = (0.0, 1e-5, 0.0015, 1 / 256, 0.0756, 0.5, 0.9985, 255.5 / 256, 1.0)
+
+
+@pytest.mark.parametrize("p", RATES)
+@pytest.mark.parametrize("count", [1000, _blocks._FEW + 3, 3_000_000])
+def test_bytes_are_set_with_the_very_probability(p: float, count: int) -> None:
+    marks = torch.full((count,), 7, dtype=torch.uint8)
+    _blocks._bernoulli_(marks, p, torch.Generator().manual_seed(1))
+    assert ((marks == 0) | (marks == 1)).all()
+    assert abs(float(marks.double().mean()) - p) <= 4 * math.sqrt(p * (1 - p) / count) + 1e-12
+    together = float((marks[1:] & marks[:-1]).double().mean())  # of neighbours: independent of each other
+    assert abs(together - p**2) <= 5 * math.sqrt(p**2 * (1 - p**2) / count) * (1 + 2 * p) + 1e-12
+
+
+def test_without_what_is_left_of_the_probability_the_same_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: 256ths alone."""
+    monkeypatch.setattr(_blocks, "_positions", lambda end, p, generator: torch.empty(0, dtype=torch.int64))
+    with pytest.raises(AssertionError):
+        test_bytes_are_set_with_the_very_probability(0.0756, 3_000_000)
