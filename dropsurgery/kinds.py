@@ -38,6 +38,7 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
     ((nn.LayerNorm,), ("norm", "layer_norm")),
     ((nn.RMSNorm,), ("norm", "rms_norm")),
     ((nn.Linear,), ("linear",)),
+    ((nn.RNNBase,), ("rnn",)),
     ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), ("pool", "adaptive_pool")),
     ((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("pool", "adaptive_pool")),
     ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), ("pool", "max_pool")),
@@ -46,6 +47,7 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
     ((nn.Upsample, nn.PixelShuffle), ("upsample",)),
     ((nn.Sigmoid, nn.Hardsigmoid), ("activation", "sigmoid")),
     ((nn.ReLU, nn.ReLU6), ("activation", "relu")),
+    ((nn.SELU,), ("activation", "selu")),
     ((nn.GLU,), ("glu",)),
     ((nn.Softmax, nn.Softmax2d), ("softmax",)),
     ((nn.MultiheadAttention,), ("attention",)),
@@ -87,13 +89,13 @@ _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("layout", "permute"): ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"),
     ("activation", "sigmoid"): ("sigmoid", "hardsigmoid"),
     ("activation", "relu"): ("relu", "relu6"),
+    ("activation", "selu"): ("selu",),
     ("activation",): (
         *(
             "leaky_relu",
             "rrelu",
             "prelu",
             "elu",
-            "selu",
             "celu",
             "gelu",
             "silu",
@@ -126,6 +128,7 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = _OPERATORS | {
 }
 KINDS = frozenset(kind for kinds in _METHODS.values() for kind in kinds) | {
     "norm_act",
+    "rnn",
     *(f"{norm}_act" for norm in ("batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm")),
 }
 """Every word that `kinds_of` can say."""
@@ -215,7 +218,7 @@ def mixes(node: fx.Node) -> bool:
     if kind is None and node.op == "call_module":
         module = node.meta.get("module")
         return module is None or next(module.parameters(), None) is not None
-    return kind in ("conv", "conv_transpose", "linear", "matmul", "attention")
+    return kind in ("conv", "conv_transpose", "linear", "rnn", "matmul", "attention")
 
 
 def positions(node: fx.Node) -> int | None:

@@ -1,6 +1,7 @@
 """Models by name, as recipes (`tested_on`) and the command line give them.
 
 resnet50                    a name in timm.list_models()
+resnet50(output_stride=16)  the same with options of its constructor: words and Python literals, separated by commas
 smp:Unet:resnet34           segmentation-models-pytorch: architecture and encoder (its own, or `tu-` and a timm name)
 torchvision:vgg11           a name in torchvision.models.list_models()
 package.module:factory      anything else, on the command line only
@@ -8,6 +9,7 @@ package.module:factory      anything else, on the command line only
 
 from __future__ import annotations
 
+import ast
 import difflib
 import fnmatch
 import functools
@@ -79,7 +81,7 @@ def family(name: str) -> str:
     if name.startswith(TORCHVISION):
         home: str = _library("torchvision.models").get_model_builder(name.removeprefix(TORCHVISION)).__module__
         return home.replace(".models", "")
-    return _timm_modules().get(name.partition(".")[0], "timm")
+    return _timm_modules().get(_options(name)[0].partition(".")[0], "timm")
 
 
 def call_factory(name: str) -> nn.Module:
@@ -153,11 +155,31 @@ def _check(name: str) -> None:
         short = name.removeprefix(TORCHVISION)
         _known(f"model {short!r} in torchvision", short, _library("torchvision.models").list_models())
     else:
-        _known(f"model {name!r} in timm", name.partition(".")[0], _timm_names())
+        plain, _ = _options(name)
+        _known(f"model {plain!r} in timm", plain.partition(".")[0], _timm_names())
 
 
 def _timm(name: str, device: str) -> nn.Module:
-    return _built(name, device, _library("timm").create_model, name, pretrained=False)
+    plain, options = _options(name)
+    return _built(name, device, _library("timm").create_model, plain, pretrained=False, **options)
+
+
+def _options(name: str) -> tuple[str, dict[str, Any]]:
+    """The name of a timm model without what stands in brackets behind it, and that."""
+    plain, opened, inside = name.partition("(")
+    if not opened:
+        return plain, {}
+    pairs = [each.partition("=") for each in inside.removesuffix(")").split(",")]
+    if not inside.endswith(")") or not all(key.strip().isidentifier() and value.strip() for key, _, value in pairs):
+        raise SurgeryError(f"model {name!r}: expected options as in resnet50(output_stride=16, act_layer=selu)")
+    return plain, {key.strip(): _literal(value.strip()) for key, _, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _smp(name: str, device: str) -> nn.Module:

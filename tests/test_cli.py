@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from dropsurgery import apply_recipe, catalogue, cli, diff, find_sites, load_recipe, plan_recipe
+from dropsurgery.errors import SurgeryError
 from dropsurgery.models import make_model
 from dropsurgery.recipe import bundled
 
@@ -210,6 +211,17 @@ def test_models_by_name() -> None:
     unet = make_model("smp:Unet:resnet34")
     assert type(unet).__name__ == "Unet"
     assert all(parameter.is_meta for parameter in unet.parameters())
+
+
+def test_a_model_with_options() -> None:
+    plain, dilated = make_model("resnet18"), make_model("resnet18(output_stride=16, act_layer=silu)")
+    assert plain.layer4[0].conv1.stride == (2, 2) and dilated.layer4[0].conv1.stride == (1, 1)
+    assert type(dilated.act1).__name__ == "SiLU"
+    for wrong in ("resnet18(act_layer)", "resnet18(output_stride=16", "resnet18()", "resnet18(=3)"):
+        with pytest.raises(SurgeryError, match=r"expected options as in resnet50\(output_stride=16"):
+            make_model(wrong)
+    with pytest.raises(SurgeryError, match="cannot be built: TypeError"):
+        make_model("resnet18(wrong=1)")
 
 
 def test_a_factory(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

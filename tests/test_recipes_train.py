@@ -91,6 +91,10 @@ _NASNET = classifier("nasnetalarge", stem_size=8, num_features=96)
 _VGG = classifier("vgg11_bn", mlp_ratio=0.02)
 CASES: dict[str, list[Callable[[], Case]]] = {
     "adl_resnet": [_RESNET],
+    "alpha_dropout_selu": [
+        classifier("vit_tiny_patch16_224", act_layer="selu", **_VIT),
+        classifier("resnet26", channels=WIDTHS, layers=(1, 1, 1, 1), act_layer="selu"),
+    ],
     "biased_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],  # on less its head is no head
     "classifier_dropout": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
     "crossmap_dropout_resnet_g34": [_RESNET],
@@ -131,6 +135,7 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "stochastic_pooling_vgg": [_VGG],
     "unet_heavy": [segmenter("Unet", **_UNET), segmenter("MAnet", **_UNET)],
     "vit_heavy": [classifier("vit_tiny_patch16_224", **_VIT)],
+    "weight_drop_lstm": [classifier("sequencer2d_s", 32, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32))],
 }
 RUNS = [
     pytest.param(recipe, make, id=f"{recipe}-{index}")
@@ -144,11 +149,13 @@ def test_every_recipe_is_trained() -> None:
 
 
 def awake(model: nn.Module) -> nn.Module:
-    """The model with no residual branch that begins at zero: there noise would have nothing to act on."""
+    """The model with no residual branch or head that begins at zero: there noise would have nothing to act on."""
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             if name in ("weight", "gamma") and weight.dim() == 1:
                 nn.init.uniform_(weight, 0.5, 1.5)
+            elif name == "weight" and not weight.any():
+                nn.init.trunc_normal_(weight, std=0.1)
     return model
 
 

@@ -29,7 +29,7 @@ Paths = dict[nn.Module, tuple[str, ...]]
 
 # Not those that notice, while a forward is recorded, who calls them.
 _is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
-_VALUES = (int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_VALUES = frozenset((int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
 _BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, type)
 _TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 # Fields of every module that say nothing of its forward, or are looked at by themselves.
@@ -138,7 +138,11 @@ class Siblings:
             raise _Unclear
         named = (*fields["_parameters"].items(), *fields["_buffers"].items())
         tensors = [(name, _of_value(item)) for name, item in named]
-        plain = [(name, _of_value(item)) for name, item in fields.items() if name not in _INTERNAL]
+        plain = [
+            (name, type(item), item) if type(item) in _VALUES else (name, _of_value(item))
+            for name, item in fields.items()
+            if name not in _INTERNAL
+        ]
         kept = frozenset(fields["_non_persistent_buffers_set"])
         module = self._original[probe]
         doubles = _places(module, {}) if module in self._doubled else ()

@@ -207,9 +207,11 @@ class _Builder:
 
 def _speaks(level: Level) -> bool:
     """Not a stochastic layer: one that looks at its mode, and in eval does nothing but hand its input on."""
+    if not level.reads_training:
+        return True
     (output,) = level.graph.find_nodes(op="output")
     first = next(iter(level.graph.nodes))
-    return not (level.reads_training and output.args[0] is first and first.op == "placeholder")
+    return not (output.args[0] is first and first.op == "placeholder")
 
 
 def _resolve(tree: Any, env: dict[fx.Node, Any]) -> Any:

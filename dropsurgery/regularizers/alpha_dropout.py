@@ -6,8 +6,8 @@
 The dropped take SELU's lowest value instead of 0, which the paper writes alpha', and the affine step gives the
 output the mean and variance that an input of mean 0 and variance 1 has. The paper writes q = 1 - p. The same as
 torch.nn.AlphaDropout; `channels: true` draws once for a channel of a sample, as torch.nn.FeatureAlphaDropout
-does. Placement: after SELU; after other activations mean and variance are not kept. No recipe is given: no model
-of timm or SMP has a SELU as it is built by name.
+does. Placement: after SELU; after other activations mean and variance are not kept (recipes/alpha_dropout_selu.yaml;
+no model of timm or SMP has a SELU as it is built by name, but most take one: `act_layer="selu"`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AlphaDropout(MapRegularizer):
 
     paper = "Klambauer et al.: Self-Normalizing Neural Networks, NeurIPS 2017, arXiv:1706.02515"
     summary = "sets elements to the lowest value of SELU, and keeps mean and variance"
-    placement = "after SELU"
+    placement = "after SELU: alpha_dropout_selu"
     shapes = f"any shape; with `channels` {TOKENS}"
     needs = "inputs of mean 0 and variance 1, as after SELU"
     examples = ({"p": 0.1}, {"p": 0.4}, {"p": 0.2, "channels": True})

@@ -7,7 +7,7 @@ In the authors' code (salesforce/awd-lstm-lm, weight_drop.py) p is `wdrop`, 0.5 
 keys and the fused kernel stay those of the layer. On CUDA torch may warn that the weights are not one chunk of
 memory: the masked ones are not, and are copied together in each forward.
 
-Placement: `weight_hh` of all layers of an LSTM, GRU or RNN.
+Placement: `weight_hh` of all layers of an LSTM, GRU or RNN (recipes/weight_drop_lstm.yaml).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WeightDrop(Regularizer):
     kind = "swap"
     paper = "Merity, Keskar, Socher: Regularizing and Optimizing LSTM Language Models, ICLR 2018, arXiv:1708.02182"
     summary = "drops single recurrent weights of an LSTM, GRU or RNN"
-    placement = "in the hidden-to-hidden weights of recurrent layers"
+    placement = "in the hidden-to-hidden weights of recurrent layers: weight_drop_lstm"
     shapes = "what the layer takes: sequences of either layout, with or without batch, packed ones"
     needs = "an nn.LSTM, nn.GRU or nn.RNN"
     examples = ({"p": 0.5}, {"p": 0.2})

@@ -168,6 +168,14 @@ def _pools(net: nn.Module, x: Tensor) -> Tensor:
     return net.head(x.flatten(2).transpose(1, 2)).mean(1)
 
 
+def _recurrent(net: nn.Module, x: Tensor) -> Tensor:
+    """Two in a row, one of them of two layers; then the last state of a third. The cell is none."""
+    x, _ = net.lstm(net.up(x))
+    x, state = net.gru(x)
+    _, last = net.rnn(x, state[-1:])
+    return net.cell(last.squeeze(0))
+
+
 def _resizes(net: nn.Module, x: Tensor) -> Tensor:
     """Four that enlarge; one that shrinks, one that keeps the size, a transposed convolution of stride 1."""
     x = F.interpolate(net.conv(x), scale_factor=0.5)
@@ -249,6 +257,13 @@ def _packed_net() -> nn.Module:
     return Net(_packed_glu, up=nn.Linear(16, 64), norm=nn.LayerNorm(32), down=nn.Linear(32, 16))
 
 
+def _recurrent_net() -> nn.Module:
+    lstm, gru = nn.LSTM(16, 8, batch_first=True), nn.GRU(8, 8, num_layers=2, batch_first=True)
+    return Net(
+        _recurrent, up=nn.Linear(16, 16), lstm=lstm, gru=gru, rnn=nn.RNN(8, 8, batch_first=True), cell=nn.GRUCell(8, 8)
+    )
+
+
 def _mlp_mix() -> nn.Module:
     """A GLU layer; then a depthwise convolution over the tokens before the activation, as in PVT v2."""
     glu = nn.Sequential(nn.Linear(16, 32), nn.GLU(), nn.Linear(16, 16))
@@ -291,6 +306,7 @@ NETS: dict[str, ZooModel] = {
     "frozen": ZooModel(_frozen_net, _IMAGE),
     "gates": ZooModel(_gates_net, _IMAGE),
     "pools": _images(_pools, conv=_conv(3, 8, 3), head=partial(nn.Linear, 8, 4)),
+    "recurrent": ZooModel(_recurrent_net, _TOKENS),
     "resizes": _images(
         _resizes,
         conv=_conv(3, 8, 3, padding=1),
