@@ -92,6 +92,8 @@ _VGG = classifier("vgg11_bn", mlp_ratio=0.02)
 CASES: dict[str, list[Callable[[], Case]]] = {
     "adl_resnet": [_RESNET],
     "biased_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],  # on less its head is no head
+    "channel_dropblock_resnet": [_RESNET],
+    "channel_dropblock_vgg": [_VGG],
     "classifier_dropout": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
     "crossmap_dropout_resnet_g34": [_RESNET],
     "cutout": [_RESNET],
@@ -131,6 +133,8 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "stochastic_pooling_vgg": [_VGG],
     "unet_heavy": [segmenter("Unet", **_UNET), segmenter("MAnet", **_UNET)],
     "vit_heavy": [classifier("vit_tiny_patch16_224", **_VIT)],
+    "weighted_channel_dropout_resnet": [_RESNET],
+    "weighted_channel_dropout_vgg": [_VGG],
 }
 RUNS = [
     pytest.param(recipe, make, id=f"{recipe}-{index}")
