@@ -96,6 +96,8 @@ CASES: dict[str, list[Callable[[], Case]]] = {
         classifier("resnet26", channels=WIDTHS, layers=(1, 1, 1, 1), act_layer="selu"),
     ],
     "biased_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],  # on less its head is no head
+    "channel_dropblock_resnet": [_RESNET],
+    "channel_dropblock_vgg": [_VGG],
     "classifier_dropout": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
     "crossmap_dropout_resnet_g34": [_RESNET],
     "cutout": [_RESNET],
@@ -136,6 +138,8 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "unet_heavy": [segmenter("Unet", **_UNET), segmenter("MAnet", **_UNET)],
     "vit_heavy": [classifier("vit_tiny_patch16_224", **_VIT)],
     "weight_drop_lstm": [classifier("sequencer2d_s", 32, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32))],
+    "weighted_channel_dropout_resnet": [_RESNET],
+    "weighted_channel_dropout_vgg": [_VGG],
 }
 RUNS = [
     pytest.param(recipe, make, id=f"{recipe}-{index}")

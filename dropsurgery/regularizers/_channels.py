@@ -1,0 +1,54 @@
+"""Whole channels of each sample: which have the lowest values, and what to multiply a map's channels with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dropsurgery.regularizers._blocks import by_samples
+from dropsurgery.regularizers._tracing import is_traced, is_transformed
+from dropsurgery.regularizers.spectral_dropout import nth_smallest
+
+ROUNDING = 1e-3  # a share of channels that is a whole number is one, though float32 says a little less
+
+
+def channels_first(x: Tensor, axis: int) -> Tensor:
+    """Return the values of `x` with its channels, at `axis`, at 1; no gradient flows through them."""
+    values = x.detach()
+    return values if axis == 1 else values.movedim(axis, 1)
+
+
+def lowest(values: Tensor, count: Tensor) -> Tensor:
+    """Return (B, C) whether a channel has one of the `count` lowest `values` (B, C) of its sample; of equals the first.
+
+    `count` is a 0-dim tensor, from 0 to C.
+    """
+    if values.device.type == "cpu" and not is_transformed():
+        # A sort takes ten times as long there.
+        level: Tensor = nth_smallest(values, (count - 1).clamp(min=0))
+        below, equal = values < level, values == level
+        missing = count - below.sum(1, keepdim=True)
+        return below.logical_or(equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
+    order = values.argsort(dim=1, stable=True)
+    first = torch.arange(order.shape[1], device=order.device) < count
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, first.expand_as(order))
+
+
+def measured(measure: Callable[..., Tensor], maps: Tensor, *others: Tensor) -> Tensor:
+    """Return what `measure` says of `maps` (B, C, ...) and `others` (B, ...); it is given maps of float32 or float64.
+
+    Lower precision is widened some samples at a time, so that no copy of all maps is made.
+    """
+    if maps.itemsize > 2:
+        return measure(maps, *others)
+    if is_traced(maps) or maps.numel() == 0:
+        return measure(maps.float(), *others)
+    return torch.cat([measure(part.float(), *rest) for part, *rest in by_samples(maps, *others)])
+
+
+def times_channels(x: Tensor, factor: Tensor, axis: int) -> Tensor:
+    """Return `x` times a factor (B, C) for each channel, at `axis`, of each sample."""
+    shape = [length if i in (0, axis) else 1 for i, length in enumerate(x.shape)]
+    return x * factor.to(x.dtype).view(shape)
