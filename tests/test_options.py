@@ -102,6 +102,19 @@ def test_who_is_gone_wants_nothing(optimizer: Any) -> None:
     assert optimizer.seen == [[OWN, 0.0, 5e-4]]
 
 
+def test_a_step_within_a_step_does_not_end_it() -> None:
+    class Longer(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            self.seen = decays(self)
+
+    torch.optim.SGD(weights()).step()  # from now on torch's hooks run for SGD.step as well as for Longer.step
+    optimizer, wish = Longer(groups(weights()), lr=0.1, weight_decay=OWN), Wish(weight_decay=MORE)
+    StepOptions.of(optimizer).add(wish)
+    optimizer.step()
+    assert optimizer.seen == [MORE, 0.0, MORE] and decays(optimizer) == [OWN, 0.0, 5e-4]
+
+
 @pytest.mark.parametrize("as_keyword", [True, False])
 def test_what_a_closure_makes_wanted_is_given_behind_it(optimizer: Any, as_keyword: bool) -> None:
     """As where a trainer hands its forwards to step(); their own weight decay is seen within the closure."""
