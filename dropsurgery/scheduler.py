@@ -6,7 +6,6 @@ it, through torch's global step hook: whatever happens between two updates canno
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .context import Context
 from .errors import PlanError, SurgeryError, SurgeryWarning
+from .options import StepOptions, is_nested, merge_options
 from .schedules import Schedule, check_count, needs_total_steps
 
 Clock = Literal["optimizer", "forward", "manual"]
@@ -61,6 +61,7 @@ class Scheduler:
 
     _owner: weakref.ref[Optimizer] | None
     _fixed: float | None
+    _options: StepOptions | None
 
     def __init__(
         self,
@@ -137,7 +138,20 @@ class Scheduler:
                 f"attach(): this {type(optimizer).__name__} holds no parameter of the model; build it from "
                 "those of the model that has the regularizers"
             )
+        options = self._step_options()
+        self._check_ranks(options)
+        if self._options is not None:
+            self._options.discard(self)
+            self._options = None
         self._owner = weakref.ref(optimizer)
+        if options:
+            _warn_of_options(optimizer, options)
+            self._options = StepOptions.of(optimizer)
+            self._options.add(self)
+
+    def wanted_options(self) -> dict[str, float]:
+        """The options that the attached optimizer is to have in the step that ends this batch."""
+        return self._step_options(acted=True)
 
     # Dynamo would compile anew at every step: it guards on numbers that it sees change.
     @_disable_dynamo
@@ -158,12 +172,14 @@ class Scheduler:
         if self.clock == "forward" or self._warned or not _is_training_pass():
             return
         self._silent_forwards += 1
-        if self._silent_forwards < SILENT_FORWARDS or self.finished:
+        if self._silent_forwards < SILENT_FORWARDS or (self.finished and not self._holds_a_batch()):
             return
         self._warned = True
+        length = f" of {self.total_steps}" if self.total_steps else ""
+        what = "what is drawn once a batch stays as it was drawn" if self.finished else "the rates do not move"
         warnings.warn(
             f"{self._silent_forwards} training forwards, and the clock still stands at step "
-            f"{self.current_step} of {self.total_steps}: the rates do not move. {self._advice()} "
+            f"{self.current_step}{length}: {what}. {self._advice()} "
             "(Nothing is wrong if gradients are accumulated over more forwards than these.)",
             SurgeryWarning,
             stacklevel=2,
@@ -171,6 +187,8 @@ class Scheduler:
 
     def state_dict(self) -> dict[str, int | str | None]:
         """The clock in plain types; with `clock: forward` the step that the next forward will run at."""
+        if self._options is not None:  # a state is taken: the optimizer's may be too
+            self._options.restore()
         return {
             "version": _STATE_VERSION,
             "step": self.current_step + self._forward_begun,
@@ -228,7 +246,7 @@ class Scheduler:
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("_owner", "_held", "_other_steps", "_silent_forwards", "_written", "_fixed")
+        passing = ("_owner", "_options", "_held", "_other_steps", "_silent_forwards", "_written", "_fixed")
         return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -238,11 +256,15 @@ class Scheduler:
     def _join(self) -> None:
         """Set up what belongs to this process alone, and have the hook see this clock."""
         self._owner = None
+        self._options = None
         self._held: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, int], bool]] = weakref.WeakKeyDictionary()
         self._other_steps = False
         self._silent_forwards = 0
         self._written: dict[Schedule, float] = {}
         self._fixed = None
+        if self.context is not None:
+            one_batch = weakref.WeakMethod(self._is_one_batch)
+            self.context.one_batch = lambda: (known := one_batch()) is not None and known()
         _schedulers.add(self)
         if not _hooks:
             _hooks.append(register_optimizer_step_post_hook(_after_optimizer_step))
@@ -274,10 +296,11 @@ class Scheduler:
         owner = self._owner and self._owner()
         if owner is None:  # the first one, or the one before is gone
             self._owner = weakref.ref(optimizer)
+            self._tell_of_options()
         elif owner is not optimizer:
             self._other_steps = True
             return
-        if not _is_nested(optimizer) and not _is_skipped(optimizer):
+        if not is_nested(optimizer) and not _is_skipped(optimizer):
             self._advance()
 
     def _holds(self, optimizer: Optimizer) -> bool:
@@ -290,6 +313,47 @@ class Scheduler:
             known = size, any(id(parameter) in own for group in groups for parameter in group["params"])
             self._held[optimizer] = known
         return known[1]
+
+    def _is_one_batch(self) -> bool:
+        """Whether something is known to end this step, so that the forwards until then belong together.
+
+        A clock that is moved, or was; before, gradients that more are added to.
+        """
+        if self.clock != "optimizer" or self.current_step or self._owner is not None:
+            return True
+        return any(parameter.grad is not None for parameter in self.parameters())
+
+    def _holds_a_batch(self) -> bool:
+        return self.context is not None and self.context.has_drawn_for_batch and self._is_one_batch()
+
+    def _step_options(self, acted: bool = False) -> dict[str, float]:
+        """What the regularizers (or those that have acted on this batch) want of the optimizer in their steps."""
+        wanted: dict[str, float] = {}
+        for slot in self.slots:
+            regularizer: Any = slot.regularizer
+            options = getattr(regularizer, "step_options", None)
+            if options and (not acted or regularizer.acted()):
+                merge_options(wanted, options)
+        return wanted
+
+    def _check_ranks(self, options: Mapping[str, float]) -> None:
+        ranks = torch.distributed.get_world_size() if _is_distributed() else 1
+        if options and ranks > 1 and (self.context is None or self.context.seed is None):
+            raise SurgeryError(
+                f"attach(): expected a seed, as each of the {ranks} processes of this training would draw by itself "
+                f"in which steps its optimizer has {_said(options)}, and their weights would drift apart; apply the "
+                "recipe with one seed in all of them, apply_recipe(..., seed=0)"
+            )
+
+    def _tell_of_options(self) -> None:
+        options = self._step_options()
+        if options:
+            warnings.warn(
+                f"regularizers of this model want {_said(options)} of the optimizer in the steps in which they act, "
+                "and only one that is named gets it: call surgery.attach(optimizer), or leave the wish out",
+                SurgeryWarning,
+                stacklevel=2,
+            )
 
     def _advice(self) -> str:
         if self.clock == "manual":
@@ -308,6 +372,32 @@ def _after_optimizer_step(optimizer: Optimizer, args: object, kwargs: object) ->
         scheduler._on_optimizer_step(optimizer)
 
 
+def _warn_of_options(optimizer: Optimizer, options: Mapping[str, float]) -> None:
+    """Warn where an optimizer has not what is wanted of it, or has more of it than is wanted."""
+    for name, value in options.items():
+        own = [group.get(name) for group in optimizer.param_groups]
+        if not any(own):
+            problem = f"has none, which stays so; give it a {name}"
+        elif any(each and each > value for each in own):
+            problem = f"has more in some group ({name}={max(filter(None, own)):g}), which will be lowered; ask for more"
+        else:
+            continue
+        warnings.warn(
+            f"attach(): regularizers of this model want {_said({name: value})} in the steps in which they act, and "
+            f"this {type(optimizer).__name__} {problem}, or leave the wish out",
+            SurgeryWarning,
+            stacklevel=4,
+        )
+
+
+def _said(options: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in options.items())
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _is_training_pass() -> bool:
     """Whether gradients are recorded, outside of backward: in it checkpointing only repeats forwards."""
     return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
@@ -317,15 +407,6 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer under a GradScaler met infinite gradients: it runs, and updates nothing."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found > 0)
-
-
-def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether this is `super().step()` within the optimizer's own step(): torch runs the hooks of both."""
-    hooked = type(optimizer).step.__code__
-    frame, calls = sys._getframe(), 0
-    while frame := frame.f_back:  # type: ignore[assignment]
-        calls += frame.f_code is hooked and frame.f_locals.get("self") is optimizer
-    return calls > 1
 
 
 def _check_total_steps(total_steps: int | None, slots: Sequence[Slot]) -> None:

@@ -129,7 +129,15 @@ class Surgery:
         self.scheduler.step()
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Let the steps of this optimizer, and of no other, move the clock."""
+        """Let the steps of this optimizer, and of no other, move the clock.
+
+        What regularizers want of the optimizer in the steps in which they act, as focused dropout does a larger weight
+        decay, its groups have for the length of those steps. A SurgeryWarning where that comes to nothing.
+
+        Raises:
+            SurgeryError: the clock is moved otherwise; no torch optimizer, or none that holds the model's parameters; a
+                distributed training without a seed, in which each process would decide for itself.
+        """
         self.scheduler.attach(optimizer)
 
     def state_dict(self) -> dict[str, Any]:

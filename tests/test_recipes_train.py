@@ -120,6 +120,7 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "dropconnect_classifier": [_RESNET],
     "dropout_resnet_g34": [_RESNET],
     "dropout_vit": [classifier("vit_tiny_patch16_224", **_VIT), classifier("swin_tiny_patch4_window7_224", **_SWIN)],
+    "focused_dropout_resnet": [classifier("resnet26", 192, channels=WIDTHS, layers=(1, 1, 1, 1))],
     "fractal_drop_path_cells": [_NASNET],
     "gaussian_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
     "grid_dropout": [_RESNET],
@@ -141,6 +142,7 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "weighted_channel_dropout_resnet": [_RESNET],
     "weighted_channel_dropout_vgg": [_VGG],
 }
+SELDOM = {"focused_dropout_resnet": 1.0}  # what acts on few batches is looked at at this rate
 RUNS = [
     pytest.param(recipe, make, id=f"{recipe}-{index}")
     for recipe, makes in CASES.items()
@@ -233,9 +235,10 @@ def test_recipe_trains(recipe: str, make: Callable[[], Case]) -> None:
     still = [name for name, parameter in gm.named_parameters() if torch.equal(parameter, before[name])]
     assert not still
     spread(gm)
-    noisy = outputs(gm, case.training, seed=1)
-    assert equal(noisy, outputs(gm, case.training, seed=1))
-    assert not equal(noisy, outputs(gm, case.training, seed=2))
+    with gm.surgery.active(p=SELDOM.get(recipe)):
+        noisy = outputs(gm, case.training, seed=1)
+        assert equal(noisy, outputs(gm, case.training, seed=1))
+        assert not equal(noisy, outputs(gm, case.training, seed=2))
     with gm.surgery.active(p=0.0):  # the model has no noise of its own that could be taken for the recipe's
         assert equal(outputs(gm, case.training, seed=1), outputs(gm, case.training, seed=2))
     at_rest = {regularizer.eval_rule for regularizer in gm.surgery.regularizers.values()} == {"identity"}

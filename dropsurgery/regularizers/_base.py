@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
@@ -69,6 +70,8 @@ class Regularizer(nn.Module):
         learned: names of the parameters that it adds to the model.
         random: whether it draws numbers.
         eval_rule: "identity", or in words what it does in eval mode.
+        step_options: what the attached optimizer's groups are to have in the steps whose batch it `acted` on, by the
+            names that torch gives the options; a group that has none of it (0) keeps none.
     """
 
     kind: ClassVar[str] = "insert"
@@ -84,6 +87,7 @@ class Regularizer(nn.Module):
     random: bool = True
 
     eval_rule: str = "identity"
+    step_options: Mapping[str, float] = MappingProxyType({})
     channel_axis: int = 1
     producer: tuple[str, ...] = ()
     site_id: str = ""
@@ -137,6 +141,10 @@ class Regularizer(nn.Module):
         host = self.bound()
         cls: Any = getattr(type(host), "_own_class", type(host))
         return cls.forward(host, *args, **kwargs)
+
+    def acted(self) -> bool:
+        """Whether it acted on the batch of this optimizer step; asked for where there are `step_options`."""
+        return self.active
 
     def after_step(self) -> None:
         """Called each time that the clock has moved by an optimizer step, for what constrains weights."""

@@ -11,6 +11,13 @@ from dropsurgery.regularizers._base import Regularizer, require
 
 MAPS = "maps (B, C, L), (B, C, H, W) or (B, C, D, H, W), or with channels at the end"
 TOKENS = f"{MAPS}, as tokens (B, N, C)"
+_NEVER_NEGATIVE = ("relu", "sigmoid")
+_MAY_BE_NEGATIVE = ("activation", "norm", "conv", "conv_transpose", "linear", "matmul", "attention", "glu")
+
+
+def may_be_negative(producer: tuple[str, ...]) -> bool:
+    """Whether an operation of these kinds (`Regularizer.producer`) is known to give negative elements too."""
+    return bool(producer) and producer[0] in _MAY_BE_NEGATIVE and not set(producer) & set(_NEVER_NEGATIVE)
 
 
 def extent(shape: tuple[int, ...], channel_axis: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer
 from dropsurgery.regularizers._hosts import own_class, require_host
+from dropsurgery.regularizers._maps import may_be_negative
 from dropsurgery.regularizers._tracing import is_traced
 from dropsurgery.regularizers._uniform import uniform
 
@@ -35,8 +36,6 @@ Sizes = int | Sequence[int]
 _MAX = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _AVERAGE = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _FORWARDS: tuple[Any, ...] = tuple(cls.forward for cls in (*_MAX, *_AVERAGE))
-_NEVER_NEGATIVE = ("relu", "sigmoid")
-_MAY_BE_NEGATIVE = ("activation", "norm", "conv", "conv_transpose", "linear", "matmul", "attention", "glu")
 _SCALE = 2.0**-16  # so that no window's sum overflows
 
 
@@ -131,11 +130,10 @@ class StochasticPooling(Regularizer):
 
     def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
         """Take the facts; a SurgeryError where what comes before the layer is known to give negative elements."""
-        kinds = self.producer
-        if kinds and kinds[0] in _MAY_BE_NEGATIVE and not set(kinds) & set(_NEVER_NEGATIVE):
+        if may_be_negative(self.producer):
             raise SurgeryError(
                 f"stochastic_pooling at {site_id}: expected an input that is never negative (that of a ReLU), got "
-                f"that of {' '.join(kinds)}; leave this layer as it is (`where: {{exclude: …}}`)"
+                f"that of {' '.join(self.producer)}; leave this layer as it is (`where: {{exclude: …}}`)"
             )
         super().build(channel_axis=channel_axis, channels=channels, shape=shape, site_id=site_id)
 
