@@ -93,6 +93,8 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "adl_resnet": [_RESNET],
     "biased_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],  # on less its head is no head
     "classifier_dropout": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
+    "corrdrop_channel_resnet_g34": [_RESNET],
+    "corrdrop_spatial_resnet_g34": [classifier("resnet26", 160, channels=WIDTHS, layers=(1, 1, 1, 1))],
     "crossmap_dropout_resnet_g34": [_RESNET],
     "cutout": [_RESNET],
     "dropblock_convnext_g34": [classifier("convnext_tiny", **_CONVNEXT), classifier("convnext_atto", **_CONVNEXT)],
@@ -182,9 +184,17 @@ def rates(gm: Any) -> dict[str, float]:
 
 
 def expected_rates(gm: Any, progress: float) -> dict[str, float]:
-    """What the recipe's schedules ask for; the bundled recipes have linear and constant ones."""
-    factors = {"linear": progress, "constant": 1.0}
-    return {edit.site.id: edit.p * factors[str(edit.schedule)] for edit in gm.surgery.plan.edits}
+    """What the recipe's schedules ask for; the bundled recipes have constant ones, and linear ones from the start."""
+    schedules = {edit.site.id: (edit.p, edit.schedule) for edit in gm.surgery.plan.edits}
+    factors = {"linear": lambda end: min(progress / end, 1.0), "constant": lambda end: 1.0}
+    assert all(schedule.begin == 0 for _, schedule in schedules.values())
+    return {site: p * factors[schedule.kind](schedule.end) for site, (p, schedule) in schedules.items()}
+
+
+def ramped(gm: Any) -> None:
+    """Let ramps that are longer than this training be over, so that their noise is heard."""
+    for edit in gm.surgery.plan.edits:
+        gm.surgery.regularizers[edit.site.id].set_rate("p", edit.p)
 
 
 def train(gm: Any, batch: tuple[Any, ...]) -> None:
@@ -222,6 +232,7 @@ def test_recipe_trains(recipe: str, make: Callable[[], Case]) -> None:
     still = [name for name, parameter in gm.named_parameters() if torch.equal(parameter, before[name])]
     assert not still
     spread(gm)
+    ramped(gm)
     noisy = outputs(gm, case.training, seed=1)
     assert equal(noisy, outputs(gm, case.training, seed=1))
     assert not equal(noisy, outputs(gm, case.training, seed=2))
