@@ -99,6 +99,8 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "channel_dropblock_resnet": [_RESNET],
     "channel_dropblock_vgg": [_VGG],
     "classifier_dropout": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
+    "corrdrop_channel_resnet_g34": [_RESNET],
+    "corrdrop_spatial_resnet_g34": [classifier("resnet26", 160, channels=WIDTHS, layers=(1, 1, 1, 1))],
     "crossmap_dropout_resnet_g34": [_RESNET],
     "cutout": [_RESNET],
     "dropblock_convnext_g34": [classifier("convnext_tiny", **_CONVNEXT), classifier("convnext_atto", **_CONVNEXT)],
@@ -195,9 +197,17 @@ def rates(gm: Any) -> dict[str, float]:
 
 
 def expected_rates(gm: Any, progress: float) -> dict[str, float]:
-    """What the recipe's schedules ask for; the bundled recipes have linear and constant ones."""
-    factors = {"linear": progress, "constant": 1.0}
-    return {edit.site.id: edit.p * factors[str(edit.schedule)] for edit in gm.surgery.plan.edits}
+    """What the recipe's schedules ask for; the bundled recipes have constant ones, and linear ones from the start."""
+    schedules = {edit.site.id: (edit.p, edit.schedule) for edit in gm.surgery.plan.edits}
+    factors = {"linear": lambda end: min(progress / end, 1.0), "constant": lambda end: 1.0}
+    assert all(schedule.begin == 0 for _, schedule in schedules.values())
+    return {site: p * factors[schedule.kind](schedule.end) for site, (p, schedule) in schedules.items()}
+
+
+def ramped(gm: Any) -> None:
+    """Let ramps that are longer than this training be over, so that their noise is heard."""
+    for edit in gm.surgery.plan.edits:
+        gm.surgery.regularizers[edit.site.id].set_rate("p", edit.p)
 
 
 def train(gm: Any, batch: tuple[Any, ...]) -> None:
@@ -239,6 +249,10 @@ def test_recipe_trains(recipe: str, make: Callable[[], Case]) -> None:
         noisy = outputs(gm, case.training, seed=1)
         assert equal(noisy, outputs(gm, case.training, seed=1))
         assert not equal(noisy, outputs(gm, case.training, seed=2))
+    ramped(gm)
+    noisy = outputs(gm, case.training, seed=1)
+    assert equal(noisy, outputs(gm, case.training, seed=1))
+    assert not equal(noisy, outputs(gm, case.training, seed=2))
     with gm.surgery.active(p=0.0):  # the model has no noise of its own that could be taken for the recipe's
         assert equal(outputs(gm, case.training, seed=1), outputs(gm, case.training, seed=2))
     at_rest = {regularizer.eval_rule for regularizer in gm.surgery.regularizers.values()} == {"identity"}
