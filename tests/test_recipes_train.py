@@ -127,6 +127,7 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "gaussian_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
     "grid_dropout": [_RESNET],
     "guided_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
+    "heuristic_dropout_unet_double_conv": [segmenter("Unet", **_UNET), segmenter("UnetPlusPlus", **_UNET)],
     "hinton_dropout_vgg": [_VGG],
     "input_dropout": [_RESNET],
     "scheduled_drop_path_nasnet": [_NASNET],
@@ -245,14 +246,12 @@ def test_recipe_trains(recipe: str, make: Callable[[], Case]) -> None:
     still = [name for name, parameter in gm.named_parameters() if torch.equal(parameter, before[name])]
     assert not still
     spread(gm)
-    with gm.surgery.active(p=SELDOM.get(recipe)):
+    ramped(gm)
+    with gm.surgery.active(p=SELDOM[recipe]) if recipe in SELDOM else nullcontext():
         noisy = outputs(gm, case.training, seed=1)
         assert equal(noisy, outputs(gm, case.training, seed=1))
-        assert not equal(noisy, outputs(gm, case.training, seed=2))
-    ramped(gm)
-    noisy = outputs(gm, case.training, seed=1)
-    assert equal(noisy, outputs(gm, case.training, seed=1))
-    assert not equal(noisy, outputs(gm, case.training, seed=2))
+        random = any(regularizer.random for regularizer in gm.surgery.regularizers.values())
+        assert equal(noisy, outputs(gm, case.training, seed=2)) is not random
     with gm.surgery.active(p=0.0):  # the model has no noise of its own that could be taken for the recipe's
         assert equal(outputs(gm, case.training, seed=1), outputs(gm, case.training, seed=2))
     at_rest = {regularizer.eval_rule for regularizer in gm.surgery.regularizers.values()} == {"identity"}
