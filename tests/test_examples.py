@@ -1,9 +1,10 @@
-"""Every script of `examples/` runs from end to end, in its quick form; and the gallery draws every regularizer."""
+"""Every script of `examples/` runs from end to end, in its quick form; and those that draw, draw what they should."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ from dropsurgery.regularizers import Rate, Regularizer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 GALLERY = EXAMPLES / "mask_gallery.py"
-SCRIPTS = sorted(set(EXAMPLES.glob("*.py")) - {GALLERY})
+SHAPES = EXAMPLES / "segment_shapes.py"
+SCRIPTS = sorted(set(EXAMPLES.glob("*.py")) - {GALLERY, SHAPES})
 
 
 def run(script: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +38,7 @@ def run(script: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
 
 
 def test_there_are_examples() -> None:
-    assert SCRIPTS and GALLERY.exists()
+    assert SCRIPTS and GALLERY.exists() and SHAPES.exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -135,14 +137,18 @@ class Wrapped(Rows):
 NEW = (Rows, Shifted, Images, Second, InLinear, InRecurrent)
 
 
-@pytest.fixture(scope="module")
-def gallery() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mask_gallery", GALLERY)
+def imported(script: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where its dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gallery() -> ModuleType:
+    return imported(GALLERY)
 
 
 @pytest.fixture
@@ -193,3 +199,66 @@ def test_gallery_says_which_kinds_it_knows(gallery: ModuleType, new_names: list[
 )
 def test_gallery_reads_the_year(gallery: ModuleType, paper: str, year: str) -> None:
     assert gallery.year_of(paper) == year
+
+
+# ---- the segmented shapes ----
+
+
+def test_segmentation_compares_and_draws(tmp_path: Path) -> None:
+    done = run(SHAPES, tmp_path, "--quick", "--out", "a/b")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for method in ("plain", "dropout", "DropBlock", "Heuristic"):
+        (row,) = (line for line in done.stdout.splitlines() if line.startswith(f"│ {method} "))
+        dice, _, deviation, *_ = re.findall(r"[\d.]+|±", row)
+        assert 0 <= float(dice) <= 1 and float(deviation) == 0  # of one seed
+    names = {"segmentations.png", "co_adaptation.png"}
+    assert {file.name for file in (tmp_path / "a" / "b").iterdir()} == names
+    for name in names:
+        assert min(imread(tmp_path / "a" / "b" / name).shape[:2]) > 400
+
+
+@pytest.fixture(scope="module")
+def shapes() -> ModuleType:
+    return imported(SHAPES)
+
+
+def test_segmentation_draws_the_same_images_for_the_same_seed(shapes: ModuleType) -> None:
+    one, again, other = (shapes.Data.new(3, seed) for seed in (1, 1, 2))
+    assert torch.equal(one.images, again.images) and torch.equal(one.masks, again.masks)
+    assert not torch.equal(one.images, other.images)
+    assert all(0.02 < mask.mean() < 0.5 for mask in (*one.masks, *other.masks))
+
+
+def test_segmentation_measures_dice(shapes: ModuleType) -> None:
+    wanted = torch.zeros(2, 1, 4, 4)
+    wanted[..., :2] = 1
+    found = torch.full((2, 1, 4, 4), -1.0)
+    assert shapes.dice(found, wanted) == 0 and shapes.dice(wanted - 0.5, wanted) == 1
+    found[0, ..., 1:3] = 1  # of 8 each, 4 in common; nothing in the second image
+    assert shapes.dice(found, wanted) == 0.25
+
+
+def test_segmentation_puts_each_method_at_the_same_places(shapes: ModuleType) -> None:
+    nets = {name: shapes.new_model(name, seed=0, steps=4) for name in shapes.METHODS}
+    plans = {name: net.surgery.plan.edits for name, net in nets.items() if name != "plain"}
+    assert {name: {edit.regularizer for edit in edits} for name, edits in plans.items()} == {
+        "dropout": {"dropout"},
+        "DropBlock": {"dropblock"},
+        "Heuristic": {"heuristic_dropout"},
+    }
+    places = [[(edit.site.id, edit.p) for edit in edits] for edits in plans.values()]
+    assert places[0] == places[1] == places[2] and len(places[0]) == 13
+    weights = [list(net.state_dict().values()) for net in nets.values()]
+    assert all(torch.equal(a, b) for each in weights[1:] for a, b in zip(weights[0], each, strict=True))
+
+
+def test_segmentation_masks_shares_of_the_last_maps(shapes: ModuleType) -> None:
+    """Without masks it is the net's own Dice; with all maps masked only the head's bias would be left."""
+    torch.manual_seed(0)
+    net, data = shapes.new_model("plain", 0, 1), shapes.Data.new(2, 0)
+    result = shapes.tested(net, data, draws=3)
+    with torch.no_grad():
+        logits = net.eval()(data.images)
+    assert result.dices[0] == shapes.dice(logits, data.masks) and result.lost[0] == 0
+    assert torch.equal(result.found, logits > 0) and len(result.dices) == len(shapes.SHARES)
+    assert len(set(result.dices)) > 3  # what is masked matters

@@ -4,22 +4,24 @@
     score = e + k / (v + eps)     v = unbiased variance of a channel over its positions
     e = -sum_q f_q ln f_q         f_q = share of round(b * tanh x) that is q, among those from 0 to b;  b = 10, k = 2
 
-IEEE 9747409. L is the Laplace kernel of 8 neighbours (8 in the middle, -1 around) with zeros
-beyond the border (`mask: laplace`), or 0 (`mask: zero`); nothing is rescaled. All hangs on x and nothing on chance, and
-gradient flows through the convolution only. The authors' rate is p, 0.1 in their code (sdc17/HeuristicDropout).
+IEEE document 9747409. L is the Laplace kernel of 8 neighbours (8 in the middle, -1 around) with zeros beyond the border
+(`mask: laplace`), or 0 (`mask: zero`); nothing is rescaled. All hangs on x and nothing on chance, and gradient flows
+through the convolution only. The authors' rate is p, 0.1 in their code (sdc17/HeuristicDropout).
 
-What it comes to, as formula and measurement have it:
+What it really does:
 
-- The score is a filter for low variance. e is at most ln 11 = 2.4, k / v more than that wherever v < 0.83, and without
-  bound below: on a U-Net's maps the order of the scores is nearly that of -v, whatever e is. `channel_scores` tells.
-- The Laplace kernel drops nothing: it is a high-pass that amplifies, noise 72-fold in variance. A constant c becomes 0
-  inside, 3c on an edge and 5c in a corner. What would leave float16 is cut to its largest number.
+- The score is a filter for low variance. e is at most ln 11 = 2.4; k / v is more than that wherever v < 0.83, and grows
+  without bound as v falls. In the decoder of a U-Net with random weights the rank correlation of score and -v is 0.96
+  to 0.99 at k = 2, that of e and -v -0.5 to 0.5: the entropy hardly matters. `channel_scores` tells for other nets.
+- The Laplace kernel drops nothing. It is a high-pass that amplifies: the variance of white noise grows 72-fold, and a
+  constant c becomes 0 inside, 3c on an edge and 5c in a corner. What would leave float16 is cut to its largest number.
 - Channels of zeros score k / eps, the most there is, and stay what they are: with round(p * C) of them the layer does
   nothing at all. `skip_dead` gives their places to others.
 
 Readings taken: paper and code differ in the count, floor(p * c) and round(p * c); it is the code's here, half to even.
 Both count values of 0 to b only; where a channel has none, at which the code raises, e is 0. `signed_bins` counts those
-from -b to b instead. A map of one position has v = 0. Of equal scores the first channel counts as higher.
+from -b to b instead. A map of one position has v = 0. Of equal scores the first channel counts as higher. A p that
+comes to no channel at a site is refused there, unless `allow_noop`.
 
 Placement: between the two convolutions of each stage of a U-Net, behind the first activation, in encoder and decoder;
 recipe heuristic_dropout_unet_double_conv.
@@ -41,7 +43,7 @@ from dropsurgery.regularizers._maps import require_images
 from dropsurgery.regularizers._tracing import is_traced, is_transformed
 
 Mask = Literal["laplace", "zero"]
-_PART = 1 << 18  # elements that are worked on at once
+_PART = 1 << 19  # elements that are worked on at once
 
 
 def heuristic_dropout(
@@ -333,7 +335,7 @@ def _laplace(maps: Tensor, cut: bool) -> Tensor:
     """The Laplace kernel over the last two dimensions: nine times a map, less its sums over 3 x 3."""
     wide = maps.to(torch.promote_types(maps.dtype, torch.float32))
     # Three times three, as the sums are added up: on a constant, the difference is 0 and not a rounding error.
-    y = (wide * 3) * 3 - _sum_of_three(_sum_of_three(wide, -1), -2)
+    y = (wide * 3).mul_(3).sub_(_sum_of_three(_sum_of_three(wide, -1), -2))
     if cut and maps.itemsize < 4:
         most = torch.finfo(maps.dtype).max
         y = y.clamp(-most, most)
