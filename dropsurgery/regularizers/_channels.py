@@ -23,17 +23,26 @@ def channels_first(x: Tensor, axis: int) -> Tensor:
 def lowest(values: Tensor, count: Tensor) -> Tensor:
     """Return (B, C) whether a channel has one of the `count` lowest `values` (B, C) of its sample; of equals the first.
 
-    `count` is a 0-dim tensor, from 0 to C.
+    Of a sample's values at most one is below 0, and none is -0. `count` is a 0-dim tensor, from 0 to C.
     """
     if values.device.type == "cpu" and not is_transformed():
-        # A sort takes ten times as long there.
-        level: Tensor = nth_smallest(values, (count - 1).clamp(min=0))
-        below, equal = values < level, values == level
+        # As whole numbers, which have the same order; all together it takes a third of the time of a sort.
+        whole = values.view(torch.int64 if values.itemsize == 8 else torch.int32)
+        level = _nth(whole, count)
+        below, equal = whole < level, whole == level
         missing = count - below.sum(1, keepdim=True)
         return below.logical_or(equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
     order = values.argsort(dim=1, stable=True)
     first = torch.arange(order.shape[1], device=order.device) < count
     return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, first.expand_as(order))
+
+
+def _nth(values: Tensor, count: Tensor) -> Tensor:
+    """The `count`-th lowest of each row, from 1; of 0 the first."""
+    if is_traced(values):
+        nth: Tensor = nth_smallest(values, (count - 1).clamp(min=0))
+        return nth
+    return values.kthvalue(max(1, int(count)), 1, keepdim=True).values
 
 
 def measured(measure: Callable[..., Tensor], maps: Tensor, *others: Tensor) -> Tensor:

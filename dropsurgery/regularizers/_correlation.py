@@ -46,11 +46,12 @@ PAPER = (
     "Zeng, Dai, Xia: Corrdrop: Correlation Based Dropout for Convolutional Neural Networks, ICASSP 2020; Zeng et al.: "
     "Correlation-based structural dropout for convolutional neural networks, Pattern Recognition 120, 2021"
 )
-_NEVER_NEGATIVE = {"relu", "sigmoid", "softmax"}
 MAX_UNITS = 4096
+_NEVER_NEGATIVE = {"relu", "sigmoid", "softmax"}
 _WIDE = (torch.float32, torch.float64)
-_PART = 1 << 18  # elements that are worked on at once on the CPU, where they stay in the cache
+_PART = 1 << 19  # elements that are worked on at once on the CPU, where they stay in the cache
 _PART_ELSEWHERE = 1 << 24
+_TABLE = 1 << 13  # entries of a table that adds up blocks faster than pooling does
 _ROWS = 128  # units that are multiplied with the others at once on the CPU
 
 
@@ -91,9 +92,9 @@ def grid(size: Sequence[int], block: int) -> tuple[int, ...]:
 def _scores(x: Tensor, axis: int, block: int, nonnegative: bool) -> Tensor:
     maps = x.movedim(axis, 1)
     samples = (_PART if x.is_cpu else _PART_ELSEWHERE) // max(1, _made(maps, block, nonnegative))
-    parts = torch.split(maps, max(1, samples))
+    samples = 1 << max(1, samples).bit_length() - 1  # a power of two is shared evenly by threads
     with _full_precision(x.device.type):
-        return torch.cat([_of_units(_units(part, block), nonnegative) for part in parts])
+        return torch.cat([_of_units(_units(part, block), nonnegative) for part in torch.split(maps, samples)])
 
 
 def _made(maps: Tensor, block: int, nonnegative: bool) -> int:
@@ -111,9 +112,24 @@ def _units(maps: Tensor, block: int) -> Tensor:
     wide = maps.to(torch.promote_types(maps.dtype, torch.float32))
     if not block:
         return wide.flatten(2)
-    means = F.avg_pool2d(wide, block, ceil_mode=True, count_include_pad=False).flatten(2)
     # A sum of finite numbers need not be finite: of such a block, this channel says nothing.
-    return means.nan_to_num(0.0, 0.0, 0.0).mT
+    return _means(wide, block).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _means(maps: Tensor, block: int) -> Tensor:
+    """(B, C, H, W) → (B, N, C): the mean of each block, or its sum, which for the score is the same."""
+    size = maps.shape[2:]
+    if maps.is_contiguous() and math.prod(size) * math.prod(grid(size, block)) <= _TABLE:
+        down, right = (_members(length, block, maps) for length in size)
+        return torch.kron(down, right) @ maps.flatten(2).mT
+    return F.avg_pool2d(maps, block, ceil_mode=True, count_include_pad=False).flatten(2).mT
+
+
+def _members(length: int, block: int, like: Tensor) -> Tensor:
+    """Which cells of an axis are in each block: (blocks, length) of 0 and 1."""
+    (count,) = grid((length,), block)
+    blocks, cells = (torch.arange(size, device=like.device) for size in (count, length))
+    return (blocks[:, None] == cells // block).to(like.dtype)
 
 
 def _of_units(units: Tensor, nonnegative: bool) -> Tensor:
@@ -164,19 +180,18 @@ def kept_units(found: Tensor, p: Tensor, drawn: Tensor, gamma: Gamma, scope: Sco
     """Return S, bool (B, N), for scores (B, N) and uniform numbers (2, B, N): the first for M, the second for B."""
     protected = drawn[0] < protection(found, gamma)
     groups = (0, 1) if scope == "batch" else (1,)
-    open_ = protected.logical_not().to(torch.float32).mean(groups, keepdim=True)
-    # Nothing to drop, and any rate will do.
-    rate = p / open_.clamp(min=torch.finfo(torch.float32).tiny)
+    candidates = protected.logical_not().to(torch.float32).mean(groups, keepdim=True)
+    # Above 1 it drops all of them, as 1 does; where there are none, any rate will do.
+    rate = p / candidates.clamp(min=torch.finfo(torch.float32).tiny)
     return protected | (drawn[1] >= rate)
 
 
-def rescaled(kept: Tensor, sizes: Tensor | None, rescale: Rescale) -> Tensor:
-    """Return S (B, N) as factors, 0 where dropped and else the scale; units have `sizes` (N,), or all the same."""
+def rescaled(kept: Tensor, rescale: Rescale) -> Tensor:
+    """Return what is kept, bool (B, ...), as factors: 0 where dropped, else numel / sum of the batch or the sample."""
     mask = kept.to(torch.float32)
     if rescale == "none":
         return mask
-    weighed = mask if sizes is None else mask * (sizes / sizes.mean())
-    left = weighed.mean((0, 1) if rescale == "batch" else (1,), keepdim=True)
+    left = mask.mean(tuple(range(rescale == "sample", mask.dim())), keepdim=True)
     return torch.where(left > 0, mask / left.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
 
 

@@ -89,8 +89,8 @@ def dropped_channels(x: Tensor, p: Tensor, metric: Metric, drawn: Tensor, *, cha
     maps = channels_first(x, axis)
     channels = maps.shape[1]
     chosen = (drawn * channels).long().clamp(max=channels - 1)[:, None]
-    far = _distances(maps, chosen) if metric == "max_activation" else -cosines(maps, chosen)
-    return lowest(far.scatter(1, chosen, -2), _count(p, channels))  # the chosen one is before all others
+    far = _distances(maps, chosen) if metric == "max_activation" else 1 - cosines(maps, chosen)
+    return lowest(far.scatter(1, chosen, -1), _count(p, channels))  # the chosen one is before all others
 
 
 def cosines(maps: Tensor, chosen: Tensor) -> Tensor:

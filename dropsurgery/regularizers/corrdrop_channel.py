@@ -72,7 +72,7 @@ def corrdrop_channel(
     rate = rate_tensor(p, x.device)
     found = scores(x, axis, 0, nonnegative)
     drawn = uniform((2, *found.shape), x.device, key) if drawn is None else drawn
-    factor = rescaled(kept_units(found, rate, drawn, gamma, scope), None, rescale)
+    factor = rescaled(kept_units(found, rate, drawn, gamma, scope), rescale)
     return x * factor.to(x.dtype).view([x.shape[i] if i in (0, axis) else 1 for i in range(x.dim())])
 
 

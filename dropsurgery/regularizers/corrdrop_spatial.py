@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-import torch
 from annotated_types import Ge
 from torch import Tensor
 
@@ -87,7 +86,7 @@ def corrdrop_spatial(
     found = scores(x, channel_axis, block_size, nonnegative)
     drawn = uniform((2, *found.shape), x.device, key) if drawn is None else drawn
     kept = kept_units(found, rate, drawn, gamma, scope)
-    factor = _spread(rescaled(kept, _cells(size, block_size, x.device), rescale), size, block_size)
+    factor = rescaled(_spread(kept, size, block_size), rescale)
     return x * factor.to(x.dtype).unsqueeze(channel_axis)
 
 
@@ -163,20 +162,8 @@ def _share(size: tuple[int, int], block_size: int) -> float:
     return math.prod(size) / (block_size**2 * math.prod(grid(size, block_size)))
 
 
-def _cells(size: tuple[int, int], block_size: int, device: torch.device) -> Tensor | None:
-    """How many cells of the map each block has, (N,); None where all have as many."""
-    if not any(length % block_size for length in size):
-        return None
-    down, right = (
-        torch.arange(0, length, block_size, device=device).neg().add(length).clamp(max=block_size) for length in size
-    )
-    return (down[:, None] * right).flatten().to(torch.float32)
-
-
-def _spread(factor: Tensor, size: tuple[int, int], block_size: int) -> Tensor:
-    """Numbers of blocks (B, N) → of cells (B, H, W)."""
-    rows, columns = grid(size, block_size)
-    whole = factor.view(factor.shape[0], rows, 1, columns, 1).expand(-1, -1, block_size, -1, block_size)
-    whole = whole.reshape(factor.shape[0], rows * block_size, columns * block_size)
-    # Dense, or the product with the map goes row by row.
-    return whole[:, : size[0], : size[1]].contiguous()
+def _spread(kept: Tensor, size: tuple[int, int], block_size: int) -> Tensor:
+    """What holds for blocks (B, N) → for cells (B, H, W)."""
+    batch, (rows, columns) = kept.shape[0], grid(size, block_size)
+    whole = kept.view(batch, rows, 1, columns, 1).expand(-1, -1, block_size, -1, block_size)
+    return whole.reshape(batch, rows * block_size, columns * block_size)[:, : size[0], : size[1]]

@@ -9,14 +9,14 @@ is its random filter, the probability with which a selected channel stays, so th
 are dropped: more than p, by design. p = 0 is off, as for every regularizer here, and its q with it; as long as p is
 above 0 and below 1 / C, all channels are selected, and the filter alone remains (dropout of channels).
 
-Keys are compared as log(-log r) - log score: their order is that of r^(1 / score), which underflows to 0 in float32
-where scores are small. The paper says that channel c is selected with the probability of its share in the scores. That
-holds for M = 1 alone; for more it is larger, and not in proportion. Taken here is the paper's algorithm.
+Channels are ranked by -log(r) / score, from the lowest: that is the order of r^(1 / score), which underflows to 0 in
+float32 where scores are small. The paper says that channel c is selected with the probability of its share in the
+scores. That holds for M = 1 alone; for more it is larger, and not in proportion. Taken here is the paper's algorithm.
 
 What the paper leaves open: no gradient flows through alpha. Where a mean is negative, which after a ReLU none is, it
 counts as 0: such a channel is selected only where there are too few others, and adds nothing to alpha. A sample whose
 scores are all 0 stays as it is. Where the filter would leave nothing, or only channels of score 0, the channel of best
-key is kept alone. Of equal keys the lower index is better. alpha can be large where only weak channels are left:
+key is kept alone. Of equal keys the lower index counts. alpha can be large where only weak channels are left:
 `alpha_max` bounds it, at the price of the sum; in float16 it is bounded by what that can hold.
 
 Placement: after the last stages, behind their ReLU. A ResNet-101 has it behind the first and the last block of layer4
@@ -93,7 +93,7 @@ def kept_channels(scores: Tensor, p: Tensor, q: float, drawn: Tensor) -> Tensor:
     `scores` (B, C) are not negative, and `p` is a 0-dim tensor.
     """
     ranking, filtering = drawn[0], drawn[1]
-    keys = ranking.clamp(min=torch.finfo(ranking.dtype).tiny).log().neg().log() - scores.log()  # at score 0: infinite
+    keys = ranking.clamp(min=torch.finfo(ranking.dtype).tiny).log().neg() / scores  # at score 0: infinite
     kept = lowest(keys, _selected(p, scores.shape[1])) & (filtering < q)
     best = torch.zeros_like(kept).scatter(1, keys.argmin(1, keepdim=True), True)
     kept = torch.where((scores * kept).sum(1, keepdim=True) > 0, kept, best)
