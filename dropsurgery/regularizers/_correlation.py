@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal
 
 import torch
@@ -37,7 +36,7 @@ from torch import Tensor
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import check_count, require
 from dropsurgery.regularizers._maps import MapRegularizer
-from dropsurgery.regularizers._tracing import is_traced, is_transformed
+from dropsurgery.regularizers._tracing import full_precision, is_traced, is_transformed
 
 Gamma = Literal["softmax", "minmax"]
 Scope = Literal["batch", "sample"]
@@ -93,7 +92,7 @@ def _scores(x: Tensor, axis: int, block: int, nonnegative: bool) -> Tensor:
     maps = x.movedim(axis, 1)
     samples = (_PART if x.is_cpu else _PART_ELSEWHERE) // max(1, _made(maps, block, nonnegative))
     samples = 1 << max(1, samples).bit_length() - 1  # a power of two is shared evenly by threads
-    with _full_precision(x.device.type):
+    with full_precision(x.device.type):
         return torch.cat([_of_units(_units(part, block), nonnegative) for part in torch.split(maps, samples)])
 
 
@@ -158,11 +157,6 @@ def _sums(rows: Tensor) -> Tensor:
         if end < count:
             sums[:, end:] += products[:, :, most:].sum(1)
     return sums
-
-
-def _full_precision(device: str) -> AbstractContextManager[object]:
-    """Without autocast, in whose precision the products would be."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def protection(found: Tensor, gamma: Gamma) -> Tensor:

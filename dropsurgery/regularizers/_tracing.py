@@ -1,6 +1,8 @@
-"""What looks on while a regularizer runs: compilers, tensor subclasses and modes, transforms of functions."""
+"""What is at work while a regularizer runs: compilers, tensor subclasses and modes, transforms, autocast."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +23,12 @@ def is_traced(x: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` (grad, vmap …) is at work, which knows torch's own operators only."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def full_precision(device: str) -> AbstractContextManager[object]:
+    """Without autocast, in whose precision products say too little."""
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def require_own_numbers(where: str) -> None:

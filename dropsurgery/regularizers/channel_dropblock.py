@@ -29,7 +29,6 @@ on a VGG-19 once, after the third pooling (recipe channel_dropblock_vgg).
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -40,7 +39,7 @@ from dropsurgery.regularizers._base import Rate, rate_tensor, require
 from dropsurgery.regularizers._blocks import by_samples
 from dropsurgery.regularizers._channels import ROUNDING, channels_first, lowest, measured, times_channels
 from dropsurgery.regularizers._maps import TOKENS, MapRegularizer, channels_at, extent, require_images
-from dropsurgery.regularizers._tracing import is_traced
+from dropsurgery.regularizers._tracing import full_precision, is_traced
 from dropsurgery.regularizers._uniform import uniform
 
 Metric = Literal["max_activation", "bilinear"]
@@ -76,8 +75,9 @@ def channel_dropblock(
     rate = rate_tensor(p, x.device)
     if not isinstance(p, Tensor):
         _check_share(p, x.shape[axis], allow_noop, "channel_dropblock")
-    dropped = dropped_channels(x, rate, metric, uniform((x.shape[0],), x.device, key), channel_axis=axis)
-    return times_channels(x, torch.where(dropped, 0, _scale(rate, x.shape[axis], x.dtype)), axis)
+    count = _count(rate, x.shape[axis])
+    dropped = _dropped(channels_first(x, axis), count, metric, uniform((x.shape[0],), x.device, key))
+    return times_channels(x, dropped.logical_not() * _scale(count, x.shape[axis], x.dtype), axis)
 
 
 def dropped_channels(x: Tensor, p: Tensor, metric: Metric, drawn: Tensor, *, channel_axis: int | None = None) -> Tensor:
@@ -86,11 +86,14 @@ def dropped_channels(x: Tensor, p: Tensor, metric: Metric, drawn: Tensor, *, cha
     The channel chosen in a sample is floor(number * C). `p` is a 0-dim tensor; for the rest see `channel_dropblock`.
     """
     axis = channels_at(x, channel_axis, "channel_dropblock")
-    maps = channels_first(x, axis)
+    return _dropped(channels_first(x, axis), _count(p, x.shape[axis]), metric, drawn)
+
+
+def _dropped(maps: Tensor, count: Tensor, metric: Metric, drawn: Tensor) -> Tensor:
     channels = maps.shape[1]
     chosen = (drawn * channels).long().clamp(max=channels - 1)[:, None]
-    far = _distances(maps, chosen) if metric == "max_activation" else 1 - cosines(maps, chosen)
-    return lowest(far.scatter(1, chosen, -1), _count(p, channels))  # the chosen one is before all others
+    far = _distances(maps, chosen) if metric == "max_activation" else torch.rsub(cosines(maps, chosen), 1)
+    return lowest(far.scatter(1, chosen, -1), count)  # the chosen one is before all others
 
 
 def cosines(maps: Tensor, chosen: Tensor) -> Tensor:
@@ -192,9 +195,9 @@ def _count(p: Tensor, channels: int) -> Tensor:
     return (p * channels + ROUNDING).floor().clamp(max=channels - 1)
 
 
-def _scale(p: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+def _scale(count: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """C / (C - k), in float32 at least; as a number over a tensor it would be rounded twice."""
-    kept = channels - _count(p, channels).to(torch.promote_types(dtype, torch.float32))
+    kept = torch.rsub(count.to(torch.promote_types(dtype, torch.float32)), channels)
     return torch.full_like(kept, channels) / kept
 
 
@@ -205,7 +208,7 @@ def _counted(p: float, channels: int) -> int:
 def _cosines(maps: Tensor, chosen: Tensor) -> Tensor:
     vectors = maps.flatten(2)
     row = vectors.gather(1, chosen[:, :, None].expand(-1, -1, vectors.shape[2]))
-    with _full_precision(maps.device.type):
+    with full_precision(maps.device.type):
         products = torch.bmm(row, vectors.mT).squeeze(1)  # as matrix times vector it takes six times as long
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=2)
     # 0 / 0 where one is all zeros; the bounds are for rounding, and for what leaves float32.
@@ -213,10 +216,11 @@ def _cosines(maps: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _distances(maps: Tensor, chosen: Tensor) -> Tensor:
-    """(B, C), the squares of the distances of the channels' peaks from that of the chosen channel."""
+    """(B, C), the squares of the distances of the channels' peaks from that of the chosen channel, as float32."""
     at, width = peaks(maps), maps.shape[3]
     rows, columns = at // width, at % width
-    return (rows - rows.gather(1, chosen)).square() + (columns - columns.gather(1, chosen)).square()
+    squares = (rows - rows.gather(1, chosen)).square() + (columns - columns.gather(1, chosen)).square()
+    return squares.to(torch.float32)
 
 
 def _peaks_at_once(maps: Tensor) -> Tensor:
@@ -233,8 +237,3 @@ def _with_neighbours(values: Tensor, axis: int) -> Tensor:
     sums.narrow(axis, 1, length).add_(values.narrow(axis, 0, length))
     sums.narrow(axis, 0, length).add_(values.narrow(axis, 1, length))
     return sums
-
-
-def _full_precision(device: str) -> AbstractContextManager[object]:
-    """Autocast would compare channels in a precision in which many are alike."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

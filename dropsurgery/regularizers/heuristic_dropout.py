@@ -43,7 +43,8 @@ from dropsurgery.regularizers._maps import require_images
 from dropsurgery.regularizers._tracing import is_traced, is_transformed
 
 Mask = Literal["laplace", "zero"]
-_PART = 1 << 19  # elements that are worked on at once
+_PART = 1 << 20  # elements that are counted at once
+_FILTERED = 1 << 18  # and filtered, which takes four copies
 
 
 def heuristic_dropout(
@@ -289,12 +290,12 @@ def _reached(rows: Tensor, levels: list[float]) -> Tensor:
     """How many reach each of the levels along the last dimension, (levels, ...)."""
     if _is_at_once(rows):
         return torch.stack([(rows >= level).sum(-1) for level in levels]).to(rows.dtype)
-    # As numbers, whose sums are a product with ones: what gives bools, and sums of bools, takes three times as long.
-    marks, ones = torch.empty_like(rows), rows.new_ones(rows.shape[-1])
-    reached = rows.new_empty(len(levels), rows.shape[:-1].numel())
+    # As numbers: what gives bools, and sums of bools, takes three times as long.
+    marks = torch.empty_like(rows)
+    reached = rows.new_empty(len(levels), *rows.shape[:-1])
     for level, counted in zip(levels, reached, strict=True):
-        torch.mv(torch.ge(rows, level, out=marks).flatten(0, -2), ones, out=counted)
-    return reached.view(len(levels), *rows.shape[:-1])
+        torch.sum(torch.ge(rows, level, out=marks), -1, out=counted)
+    return reached
 
 
 def _entropy(reached: Tensor) -> Tensor:
@@ -325,7 +326,7 @@ def _filtered(maps: Tensor, chosen: Tensor, cut: bool) -> Tensor:
     if _is_at_once(maps):
         return torch.where(chosen[..., None, None], _laplace(maps, cut), maps)
     y = maps.clone()
-    room = max(1, _PART // math.prod(maps.shape[2:]))
+    room = max(1, _FILTERED // math.prod(maps.shape[2:]))
     for sample, channel in zip(*(torch.split(each, room) for each in chosen.nonzero(as_tuple=True)), strict=True):
         y[sample, channel] = _laplace(maps[sample, channel], cut)
     return y

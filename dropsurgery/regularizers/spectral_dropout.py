@@ -16,7 +16,6 @@ spectral_dropout_resnet_g34 the library's choice.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._blocks import by_samples
 from dropsurgery.regularizers._maps import extent, require_images
-from dropsurgery.regularizers._tracing import is_traced, is_transformed
+from dropsurgery.regularizers._tracing import full_precision, is_traced, is_transformed
 from dropsurgery.regularizers._uniform import scale_of, uniform
 
 
@@ -122,7 +121,7 @@ def _thinned(maps: Tensor, left: Tensor, weak: Tensor | None, scale: Tensor) -> 
     down, right = (_cosines(size, maps) for size in maps.shape[2:])
 
     def thin(maps: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        with _full_precision(maps.device.type):
+        with full_precision(maps.device.type):
             spectrum = torch.einsum("ih,bchw,jw->bcij", down, maps.contiguous(), right)
             kept = kept if weak is None else kept & _strong(spectrum.detach(), weak)
             return torch.einsum("ih,bcij,jw->bchw", down, spectrum * kept * scale, right), kept
@@ -166,8 +165,3 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return y.contiguous(memory_format=torch.channels_last)
     return y.contiguous()
-
-
-def _full_precision(device: str) -> AbstractContextManager[object]:
-    """Autocast would transform in a precision that does not give the map back."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

@@ -170,13 +170,13 @@ def _check(q: float, alpha_max: float | None) -> None:
 
 def _selected(p: Tensor, channels: int) -> Tensor:
     """How many channels the selection keeps."""
-    return ((1 - p) * channels + ROUNDING).floor().clamp(min=1)
+    return (torch.rsub(p, 1) * channels + ROUNDING).floor().clamp(min=1)
 
 
 def _alpha(scores: Tensor, kept: Tensor) -> Tensor:
     """(B, 1), by which the kept channels have the sum of all scores; 1 where that is 0."""
     total, mass = scores.sum(1, keepdim=True), (scores * kept).sum(1, keepdim=True)
-    return torch.where(total > 0, total / mass, 1).clamp(max=torch.finfo(scores.dtype).max)
+    return (total / mass).nan_to_num(1.0)  # infinity becomes the largest number
 
 
 def _most(maps: Tensor, kept: Tensor) -> Tensor:
