@@ -212,30 +212,32 @@ class Surgery:
 
         Args:
             batch: arguments for one call of the model (a tensor, or a tuple of them); by default noise of the
-                example's shape. Only the shapes at the sites count: the share is measured on ones.
+                example's shape. Of most sites the shape alone counts, and the share is measured on ones; where what is
+                dropped hangs on the values, as with focused_dropout, it is measured on those that arrive there.
 
         The model runs once in eval mode without gradients; its mode, rates and random state are as before after it.
         """
         model = self._model()
         rows = []
         with torch.no_grad(), torch.random.fork_rng(_cuda_devices(model)), self.active():
-            shapes = self._shapes(model, _arguments(batch, model))
+            arriving = self._arriving(model, _arguments(batch, model))
             for edit in self.plan.edits:
                 regularizer = self.regularizers.get(edit.site.id)
-                if regularizer is None or edit.site.id not in shapes:
+                if regularizer is None or edit.site.id not in arriving:
                     continue
                 for name, rate in self._targets(edit).items() if edit.kind != ADOPT else ():
                     regularizer.set_rate(name, rate)
-                rows.append(_audited(edit, regularizer, *shapes[edit.site.id]))
+                rows.append(_audited(edit, regularizer, arriving[edit.site.id]))
         return Audit(rows)
 
-    def _shapes(self, model: nn.Module, inputs: Any) -> dict[str, tuple[tuple[int, ...], torch.device]]:
-        """Shape and device of what arrives at each site."""
-        shapes: dict[str, tuple[tuple[int, ...], torch.device]] = {}
+    def _arriving(self, model: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
+        """What arrives at each site, or ones of its shape, which take no memory, where the values do not count."""
+        arriving: dict[str, torch.Tensor] = {}
 
         def noting(site: str) -> Any:
             def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                shapes[site] = (tuple(args[0].shape), args[0].device)
+                own = getattr(module, "by_values", False)
+                arriving[site] = args[0].clone() if own else torch.ones((), device=args[0].device).expand(args[0].shape)
 
             return note
 
@@ -250,7 +252,7 @@ class Surgery:
                 handle.remove()
             for module, mode in modes.items():
                 module.training = mode
-        return shapes
+        return arriving
 
     # -- wiring ----------------------------------------------------------------------------------------------------
     def copy_for(self, gm: nn.Module) -> Surgery:
@@ -408,14 +410,17 @@ def _noise(item: Any) -> Any:
     return make(item.shape, dtype=item.dtype, device=item.device)
 
 
-def _audited(edit: Edit, regularizer: Any, shape: tuple[int, ...], device: torch.device) -> AuditRow:
+def _audited(edit: Edit, regularizer: Any, x: torch.Tensor) -> AuditRow:
+    site, shape = (edit.site.id, edit.regularizer, edit.p), tuple(x.shape)
     if edit.kind == ADOPT:
-        return AuditRow(edit.site.id, edit.regularizer, edit.p, edit.p, float("nan"), shape)
+        return AuditRow(*site, edit.p, float("nan"), shape)
     expected = regularizer.expected_drop(shape)
     if regularizer.uncounted:
-        return AuditRow(edit.site.id, edit.regularizer, edit.p, expected, float("nan"), shape, regularizer.uncounted)
-    ones = torch.ones(shape, device=device)
+        return AuditRow(*site, expected, float("nan"), shape, regularizer.uncounted)
+    if regularizer.by_values:
+        return AuditRow(*site, expected, regularizer.realised_drop(x), shape)
+    ones = x.contiguous()
     given = (ones, 2 * ones) if edit.kind == "combine" else (ones,)
     given_back = regularizer(*given)
     dropped = given_back == 0 if regularizer.drops == "zero" else given_back != sum(given)
-    return AuditRow(edit.site.id, edit.regularizer, edit.p, expected, float(dropped.float().mean()), shape)
+    return AuditRow(*site, expected, float(dropped.float().mean()), shape)

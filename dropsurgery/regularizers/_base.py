@@ -67,6 +67,7 @@ class Regularizer(nn.Module):
         producer: kinds of the operation that its input comes from, such as ("activation", "relu"); set before `build`.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
         uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
+        by_values: whether how much is dropped hangs on the values, so that `realised_drop` has to count it on them.
         learned: names of the parameters that it adds to the model.
         random: whether it draws numbers.
         eval_rule: "identity", or in words what it does in eval mode.
@@ -83,6 +84,7 @@ class Regularizer(nn.Module):
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()
     drops: ClassVar[str] = "zero"
     uncounted: ClassVar[str] = ""
+    by_values: ClassVar[bool] = False
     learned: ClassVar[tuple[str, ...]] = ()
     random: bool = True
 

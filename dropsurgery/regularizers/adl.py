@@ -41,10 +41,13 @@ def attention_dropout(
     _check(gamma)
     # In float32 at least: sums over the channels leave float16, here and in backward.
     attention = x.mean(channel_axis, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    fixed = attention.detach()
-    shown = fixed < gamma * fixed.amax((1, 2, 3), keepdim=True)
+    shown = _shown(attention.detach(), gamma)
     hide = uniform((), x.device, key) < rate_tensor(p, x.device)
     return (x * torch.where(hide, shown.to(attention.dtype), attention.sigmoid())).to(x.dtype)
+
+
+def _shown(attention: Tensor, gamma: float) -> Tensor:
+    return attention < gamma * attention.amax((1, 2, 3), keepdim=True)
 
 
 class ADL(Regularizer):
@@ -62,7 +65,7 @@ class ADL(Regularizer):
         {"p": 0.5, "gamma": 0.8},
     )
     drops = "other"
-    uncounted = "what is hidden hangs on the values, and in the other batches nothing is"
+    by_values = True
 
     p: Tensor
 
@@ -90,6 +93,11 @@ class ADL(Regularizer):
     def expected_drop(self, shape: tuple[int, ...]) -> float:
         """Return the share for constant maps above 0, which are hidden whole: p. On others it is less."""
         return self._rates["p"]
+
+    def realised_drop(self, x: Tensor) -> float:
+        """Return p times the share of `x` that a batch in which an area is hidden loses."""
+        attention = x.mean(self.channel_axis, keepdim=True, dtype=torch.float32)
+        return self._rates["p"] * (1 - float(_shown(attention, self.gamma).float().mean()))
 
     def extra_repr(self) -> str:
         """Return the rate, and the threshold."""

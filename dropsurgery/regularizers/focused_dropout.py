@@ -86,12 +86,16 @@ def focused_dropout(
     used = _coin(rate_tensor(p, x.device), shared_key)
     if used.is_cpu and not is_traced(x) and not bool(used):
         return x
-    shape = [1 if i == channel_axis % 4 else length for i, length in enumerate(x.shape)]
-    numbers = uniform(shape if gamma_scope == "pixel" else (len(x), 1, 1, 1), x.device, key)
-    low, high = gamma_range
-    gamma = low + (high - low) * numbers
+    gamma = _thresholds(x, gamma_range, gamma_scope, channel_axis, key)
     # No number is above infinity: what is compared with it is kept.
     return x * focus(x, torch.where(used, gamma, -math.inf), channel_axis=channel_axis).to(x.dtype)
+
+
+def _thresholds(x: Tensor, between: Range, scope: Scope, channel_axis: int, key: Tensor | None) -> Tensor:
+    shape = [1 if i == channel_axis % 4 else length for i, length in enumerate(x.shape)]
+    numbers = uniform(shape if scope == "pixel" else (len(x), 1, 1, 1), x.device, key)
+    low, high = between
+    return low + (high - low) * numbers
 
 
 def focus(x: Tensor, gamma: Tensor, *, channel_axis: int = 1) -> Tensor:
@@ -123,7 +127,7 @@ class FocusedDropout(Regularizer):
         {"p": 0.5},
         {"p": 0.5, "gamma_range": (0.6, 0.9), "gamma_scope": "pixel"},
     )
-    uncounted = "most of the map is dropped, in the batches that are used: how much hangs on its values"
+    by_values = True
 
     p: Tensor
     context: BatchKeys | None = None
@@ -188,6 +192,12 @@ class FocusedDropout(Regularizer):
         Of a net's own maps, whose neighbours are alike, it loses less or more.
         """
         return self._rates["p"] * _share(math.prod(extent(shape, self.channel_axis)), self.gamma_range)
+
+    def realised_drop(self, x: Tensor) -> float:
+        """Return p times the share that a batch in use loses of `x`."""
+        gamma = _thresholds(x, self.gamma_range, self.gamma_scope, self.channel_axis, None)
+        kept = focus(x, gamma, channel_axis=self.channel_axis)
+        return self._rates["p"] * (1 - float(kept.float().mean()))
 
     def extra_repr(self) -> str:
         """Return the rate, the range of thresholds and what one holds for, and the weight decay."""

@@ -7,8 +7,9 @@ What a law needs to know, a class declares, next to what `Regularizer` asks of i
   that layer's own forward gives. The static method `example_inputs(batch)` gives the inputs, batch first, of one that
   does not take maps (B, C, H, W), or whose host does not.
 - `drops`: "zero", or "other", where nothing need become zero and what changed is counted instead.
-- `uncounted`: why what was dropped cannot be counted in the output (noise on every element, drops that hang on
-  values); such a class is measured by its own tests.
+- `uncounted`: why what was dropped cannot be counted in the output (noise on every element); such a class is measured
+  by its own tests.
+- `by_values`: how much is dropped hangs on the values, and `realised_drop` counts it on those it is given.
 - `random = False`, on the class or one instance: it draws no numbers.
 - `learned`: names of the parameters that it adds to the model, made by `build`; it begins as the identity.
 """
@@ -166,7 +167,7 @@ def declares_itself(make: Make) -> None:
     assert layer.kind in ("insert", "swap", "combine", "wrap")
     assert layer.paper and layer.summary and layer.examples and layer.eval_rule
     assert layer.placement and layer.shapes
-    assert layer.drops in ("zero", "other") and isinstance(getattr(layer, "uncounted", ""), str)
+    assert layer.drops in ("zero", "other") and isinstance(layer.uncounted, str)
     assert layer.needs or layer.kind != "swap"
     assert learned(layer) == () or layer.eval_rule != "identity"
     assert rates_of(layer)
@@ -462,10 +463,14 @@ def drops_what_it_expects(make: Make) -> None:
     inputs = tuple(x.abs() + 0.1 if x.is_floating_point() else x for x in inputs_of(layer))
     expected = layer.expected_drop(tuple(inputs[0].shape))
     assert 0 < expected < 1
-    if getattr(layer, "uncounted", ""):
+    if layer.uncounted:
         return
+    if layer.by_values:
+        expected = sum(layer.realised_drop(*inputs) for _ in range(300)) / 300
+        assert 0 < expected < 1
     before = plain(layer, inputs)
-    changed = (y == 0 if layer.drops == "zero" else y != before for y in draws(layer, inputs, 300))
+    by_zeros = layer.drops == "zero" or layer.by_values
+    changed = (y == 0 if by_zeros else y != before for y in draws(layer, inputs, 300))
     shares = torch.stack([each.double().mean() for each in changed])
     assert abs(shares.mean() - expected) <= 4 * shares.std() / len(shares) ** 0.5
 
@@ -503,7 +508,7 @@ def _maps_as_asked(layer: Regularizer, inputs: Inputs) -> None:
     apart, alike = mapped("different"), mapped("same")
     assert all(torch.equal(y, alike[0]) for y in alike)
     assert all(torch.equal(y, apart[0]) for y in apart) != is_random(layer)
-    if layer.drops == "zero" and not getattr(layer, "uncounted", ""):
+    if layer.drops == "zero" and not layer.uncounted and not layer.by_values:
         shares = torch.stack([(y == 0).double().mean() for y in torch.cat([apart, mapped("different")])])
         expected = layer.expected_drop(tuple(inputs[0].shape))
         assert abs(shares.mean() - expected) <= 4 * shares.std() / len(shares) ** 0.5

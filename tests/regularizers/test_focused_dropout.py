@@ -719,11 +719,17 @@ def test_behind_the_last_stage_but_one_of_a_resnet() -> None:
     assert torch.equal(gm.eval()(images), net.eval()(images))
 
 
-def test_audit_says_what_it_can() -> None:
-    gm: Any = apply_recipe(timm.create_model("resnet18"), "focused_dropout_resnet")
-    (row,) = gm.surgery.audit(torch.zeros(1, 3, 64, 64))
-    assert row.p == 0.1 and row.expected == FocusedDropout().expected_drop((1, 256, 4, 4)) and row.expected < 0.1
-    assert math.isnan(row.measured) and "hangs on its values" in row.note
+def test_audit_counts_on_the_maps_that_arrive() -> None:
+    """The share of a batch in use, counted here on the map itself, times p; that of noise is what is expected."""
+    torch.manual_seed(2)
+    net, images, maps = timm.create_model("resnet18").eval(), torch.randn(4, 3, 64, 64), []
+    gm: Any = apply_recipe(net, "focused_dropout_resnet", overrides={"last stage but one.with.gamma_range": [0.5, 0.5]})
+    net.layer3[1].register_forward_hook(lambda module, given, y: maps.append(y.detach()))
+    net(images)
+    (row,) = gm.surgery.audit(images)
+    assert row.p == 0.1 and row.expected == gm.surgery.regularizers[row.site].expected_drop((4, 256, 4, 4))
+    lost = 1 - reference(maps[0].numpy(), np.full((4, 1, 4, 4), 0.5)).mean()
+    assert 0 < lost < 1 and abs(row.measured - 0.1 * lost) < 1e-6 and not row.note
 
 
 @pytest.mark.parametrize(
