@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from bench_dropblock import keep_memory
-from bench_regularizers import Bound, Call, Case, ours, peak_of, tried
+from bench_regularizers import PLAINLY, Bound, Call, Case, ours, peak_of, tried
 from torch import Tensor
 
 SHAPES = (((32, 256, 14, 14), 3.0), ((32, 512, 7, 7), 4.5))
@@ -48,8 +48,8 @@ def cases() -> Iterator[Case]:
     """Both metrics, at the authors' rates; the bounds are those of the cosines."""
     for shape, most in SHAPES:
         for metric, p in (("bilinear", 0.05), ("max_activation", 0.2)):
-            calls = {"dropsurgery": ours("channel_dropblock", p=p, metric=metric), "plain": plainly(metric, p)}
-            bounds = (Bound("dropsurgery", "plain", FASTER),)
+            calls = {"dropsurgery": ours("channel_dropblock", p=p, metric=metric), PLAINLY: plainly(metric, p)}
+            bounds = (Bound("dropsurgery", PLAINLY, FASTER),)
             if metric == "bilinear":
                 bounds += (Bound("dropsurgery", "x * c", most),)
             yield Case(f"{metric}, p = {p}", shape, calls, bounds, rounds=31)

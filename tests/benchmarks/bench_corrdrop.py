@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from bench_dropblock import keep_memory
-from bench_regularizers import Bound, Call, Case, ours, peak_of, tried
+from bench_regularizers import PLAINLY, Bound, Call, Case, ours, peak_of, tried
 from torch import Tensor
 
 from dropsurgery import get_regularizer
@@ -69,7 +69,7 @@ def behind(*producer: str) -> Call:
 def channel() -> Iterator[Case]:
     for shape in SHAPES:
         calls = {"any input": behind("norm"), "after ReLU": behind("activation", "relu")}
-        calls |= {"A A^T": product, "plainly": plain_channel}
+        calls |= {"A A^T": product, PLAINLY: plain_channel}
         bounds = Bound("any input", "A A^T", 1.6), Bound("after ReLU", "A A^T", 0.6)
         yield Case("corrdrop_channel, p = 0.2", shape, calls, bounds, rounds=21)
 
@@ -77,7 +77,7 @@ def channel() -> Iterator[Case]:
 def spatial() -> Iterator[Case]:
     for (shape, most), k in itertools.product(zip(SHAPES, (5.5, 7.0), strict=True), (5, 3)):
         name = f"blocks of {k}"
-        calls = {name: ours("corrdrop_spatial", p=P, block_size=k), "plainly": plain_spatial(k)}
+        calls = {name: ours("corrdrop_spatial", p=P, block_size=k), PLAINLY: plain_spatial(k)}
         yield Case(f"corrdrop_spatial, p = 0.2, k = {k}", shape, calls, (Bound(name, "x * c", most),), rounds=31)
 
 

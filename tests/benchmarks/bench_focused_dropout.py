@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from bench_dropblock import keep_memory
-from bench_regularizers import Bound, Call, Case, kept_by, ours, peak_of, tried
+from bench_regularizers import PLAINLY, Bound, Call, Case, kept_by, ours, peak_of, tried
 from torch import Tensor
 
 BOUNDS = {(32, 256, 14, 14): 2.5, (32, 512, 7, 7): 3.0}
@@ -35,7 +35,7 @@ def cases() -> Iterator[Case]:
             "image": ours("focused_dropout", p=1.0),
             "pixel": ours("focused_dropout", p=1.0, gamma_scope="pixel"),
             "not used": ours("focused_dropout", p=1e-30),
-            "plainly": plainly,
+            PLAINLY: plainly,
         }
         bounds = tuple(Bound(each, "x * c", most) for each in ("image", "pixel", "not used"))
         yield Case("a batch that is used", shape, calls, bounds, rounds=31, shares=False)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from bench_dropblock import keep_memory
-from bench_regularizers import Bound, Case, ours, peak_of, tried
+from bench_regularizers import PLAINLY, Bound, Case, ours, peak_of, tried
 from torch import Tensor
 
 SHAPES = (((32, 256, 14, 14), 3.0), ((32, 512, 7, 7), 5.0))
@@ -33,7 +33,7 @@ def plainly(x: Tensor) -> Tensor:
 def cases() -> Iterator[Case]:
     """The paper's rates."""
     for shape, most in SHAPES:
-        calls = {"dropsurgery": ours("weighted_channel_dropout", p=0.2, q=0.9), "plain": plainly}
+        calls = {"dropsurgery": ours("weighted_channel_dropout", p=0.2, q=0.9), PLAINLY: plainly}
         yield Case("p = 0.2, q = 0.9", shape, calls, (Bound("dropsurgery", "x * c", most),), rounds=31)
 
 
