@@ -15,7 +15,7 @@ HOUSE = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "records"}),
     frozenset({"graph", "kinds", "trees", "schedules", "context", "options", "catalogue", "models", "regularizers"}),
-    frozenset({"capture", "matching"}),
+    frozenset({"capture", "matching", "surroundings", "widths"}),
     frozenset({"patterns"}),
     frozenset({"recipe"}),
     frozenset({"planning", "forwards"}),
