@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dropsurgery.errors import CaptureError, PlanError, RecipeError, SurgeryError, SurgeryWarning
 
 if TYPE_CHECKING:
+    from dropsurgery.analysis.width_curve import width_curve
     from dropsurgery.api import apply_recipe, find_sites, get_regularizer, plan_recipe
     from dropsurgery.diffing import diff
     from dropsurgery.recipe import load_recipe
@@ -29,6 +30,7 @@ __all__ = [
     "load_recipe",
     "plan_recipe",
     "strip",
+    "width_curve",
 ]
 
 # Imported when first asked for: what needs no torch (`dropsurgery --help`) does not wait for it.
@@ -40,6 +42,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "plan_recipe": "api",
     "strip": "rewriting",
+    "width_curve": "analysis.width_curve",
 }
 
 

@@ -134,7 +134,7 @@ class StructuralDropout(Regularizer):
     examples = (
         {"p": 0.5},
         {"p": 0.8, "lower_bound": 1, "normalize": False},
-        {"p": 0.5, "granularity": "head", "share": "heads"},
+        {"p": 0.5, "granularity": "head", "step": 2},
     )
     asks_behind = True
 
