@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ def width_curve(gm: nn.Module, evaluate: Callable[[Any], float], widths: Iterabl
         SurgeryError: no such model, no widths, one that a site cannot have, or a score that is no number. Widths are
             checked before anything is evaluated.
     """
-    if not isinstance(widths, Iterable) or isinstance(widths, (str, dict)):
+    if not isinstance(widths, Iterable) or isinstance(widths, (str, Mapping)):
         raise SurgeryError(f"width_curve: expected a list of widths, got {widths!r}")
     asked = list(widths)
     if not asked:
@@ -152,9 +152,9 @@ def _surgery(gm: nn.Module) -> Any:
 
 def _shown(width: Widths) -> str:
     """A width as a short word."""
-    return (
-        f"{width:g}" if isinstance(width, int | float) else f"{{{', '.join(f'{k}: {v:g}' for k, v in width.items())}}}"
-    )
+    if not isinstance(width, Mapping):
+        return f"{width:g}"
+    return "{" + ", ".join(f"{name}: {each:g}" for name, each in width.items()) + "}"
 
 
 def _number(score: Any) -> float:

@@ -64,7 +64,7 @@ def test_all_is_as_before_after_an_error() -> None:
 
 @pytest.mark.parametrize("widths", [[], [3, 0], [3, 21], 3, "35", {"1#0:*": 2}, [True], [{"2*": 1}]])
 def test_bad_widths_are_refused_before_anything_is_evaluated(widths: Any) -> None:
-    with pytest.raises(SurgeryError, match="widths?"):
+    with pytest.raises(SurgeryError, match=r"width"):
         width_curve(model(), lambda net: pytest.fail("evaluated"), widths)
 
 
@@ -81,7 +81,7 @@ def test_other_models_are_refused() -> None:
         (of((0.1, 0.2), (0.3, 0.8), (0.6, 0.85), (1.0, 0.9)), 0.3),
         (of((0.1, 2.0), (0.3, 0.5), (0.6, 0.45), (1.0, 0.4)), 0.3),  # a loss
         (of((0.1, 0.2), (0.3, 0.95), (0.5, 0.6), (1.0, 0.9)), 0.3),  # not monotone
-        (of((0.0, 0.0), (0.5, 0.7), (0.6, 0.8), (1.0, 1.0)), 0.5),  # equally far: the narrower
+        (of((0.0, 0.0), (0.25, 0.5), (0.5, 0.75), (1.0, 1.0)), 0.25),  # equally far: the narrower
         (of((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)), None),  # straight
         (of((0.0, 0.0), (0.5, 0.2), (1.0, 1.0)), None),  # below the line
         (of((0.1, 0.5), (0.5, 0.7), (1.0, 0.5)), None),  # no height

@@ -16,8 +16,8 @@ from bench_regularizers import Bound, Case, kept_by, ours, peak_of, tried
 from torch import Tensor
 
 SHAPES = (
-    (((32, 256, 28, 28), 1.2), ((32, 256, 14, 14), 1.7), ((32, 512, 7, 7), 2.5))  # as of spatial_dropout
-    + (((128, 4096), 1.7), ((32, 197, 768), 1.5))  # hidden units, tokens
+    *(((32, 256, 28, 28), 1.2), ((32, 256, 14, 14), 1.7), ((32, 512, 7, 7), 2.5)),  # as of spatial_dropout
+    *(((128, 4096), 1.7), ((32, 197, 768), 1.5)),  # hidden units, tokens
 )
 PEAK = 2.0  # of the input, the input and the output included
 

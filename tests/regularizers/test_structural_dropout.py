@@ -7,6 +7,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_the_sum_of_constant_features_stays() -> None:
 def test_what_is_kept_at_one_width_is_kept_at_larger_ones() -> None:
     x = torch.rand(2, 9) + 0.1
     kept = [keep_first(x, torch.tensor(width)) != 0 for width in range(1, 10)]
-    assert all(bool((wide | ~narrow).all()) for narrow, wide in zip(kept, kept[1:], strict=False))
+    assert all(bool((wide | ~narrow).all()) for narrow, wide in pairwise(kept))
 
 
 def test_gradient_is_the_factor() -> None:
@@ -253,7 +254,7 @@ def test_eval_width_is_for_eval_alone() -> None:
     layer.set_width(5)
     assert torch.equal(layer(x), keep_first(x, torch.tensor(5)))
     assert layer.eval_rule == "keeps the first 3 units"
-    with pytest.raises(SurgeryError, match="structural_dropout at a: expected .*eval_width of 9 at least, got 8"):
+    with pytest.raises(SurgeryError, match=r"structural_dropout at a: expected .*eval_width of 9 at least, got 8"):
         built(eval_width=9)
 
 
@@ -299,7 +300,6 @@ def recipe(pattern: str = "hidden", edge: str = "output", where: dict | None = N
 def widths_of(gm: Any, x: Tensor, times: int) -> Iterator[list[int]]:
     """What each site keeps, forward by forward."""
     seen: list[int] = []
-    ones = torch.ones(2, 64)
 
     def note(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         kept = (y != 0).any(0) | (args[0] == 0).all(0)
@@ -313,15 +313,14 @@ def widths_of(gm: Any, x: Tensor, times: int) -> Iterator[list[int]]:
         yield list(seen)
     for handle in handles:
         handle.remove()
-    assert ones.all()
 
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_sites_of_one_share_have_one_relative_width(seed: int | None) -> None:
     torch.manual_seed(0)
     net = Wide()
-    for layer in (net.fc1, net.fc2):
-        nn.init.constant_(layer.bias, 5.0)  # so that what is 0 was cut
+    for parameter in net.parameters():  # so that what is 0 was cut
+        nn.init.uniform_(parameter, 0.1, 0.2)
     x = torch.rand(6, 5)
     for share, together in (("all", True), (None, False)):
         gm = apply_recipe(net, recipe(p=0.5, lower_bound=1, share=share), example_inputs=x, seed=seed).train()
@@ -330,8 +329,9 @@ def test_sites_of_one_share_have_one_relative_width(seed: int | None) -> None:
             drawn.append((narrow, wide))
             gm.surgery.step()
         both = [(narrow == 16) == (wide == 32) for narrow, wide in drawn]
-        # Of 15 and 31 widths: the n-th of the one is the 2n-th of the other, or one off.
-        near = [abs((narrow - 1) / 15 - (wide - 1) / 31) < 2 / 31 for narrow, wide in drawn if narrow < 16]
+        # The n-th of 15 widths is for numbers in [(n - 1) / 15, n / 15), and one number is in both places.
+        cuts = [(narrow, wide) for narrow, wide in drawn if narrow < 16]
+        near = [(narrow - 1) / 15 < wide / 31 and (wide - 1) / 31 < narrow / 15 for narrow, wide in cuts]
         assert (all(both) and all(near)) == together
         assert len({narrow for narrow, _ in drawn}) > 5
 
@@ -395,7 +395,7 @@ def test_the_mask_is_the_net_cut(dtype: torch.dtype, within: float) -> None:
         expected = sliced(net.double(), width)(x)
         net.to(dtype)
         assert (masked.double() - expected).norm() <= within * expected.norm()
-        assert width == 12 or (sliced_plainly(net.double(), width)(x) - expected).norm() > 0.1 * expected.norm()
+        assert width == 12 or (sliced_plainly(net.double(), width)(x) - expected).norm() > 0.01 * expected.norm()
         net.to(dtype)
 
 
@@ -452,7 +452,8 @@ def test_inner_widths_of_a_bottleneck_are_cut() -> None:
                     conv.weight[:, half:] = 0
                     conv.weight[:, :half] *= 2
     with gm.surgery.width(0.5):
-        assert torch.allclose(gm(x), cut(x), rtol=1e-3, atol=1e-4 * cut(x).abs().max())
+        expected = cut(x)
+        assert (gm(x) - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_step_of_training() -> None:
@@ -465,7 +466,7 @@ def test_a_step_of_training() -> None:
         gm(x).square().mean().backward()
         optimizer.step()
     assert all(parameter.isfinite().all() for parameter in gm.parameters())
-    assert all("budget" not in name and "p" != name for name in gm.state_dict())
+    assert all("budget" not in name and name != "p" for name in gm.state_dict())
 
 
 # -- where it must not go --------------------------------------------------------------------------------------------
@@ -516,7 +517,7 @@ def test_the_stem_before_a_residual_block_is_refused_and_inner_units_are_not() -
 
 
 def test_a_batch_norm_that_sees_the_cut_is_named() -> None:
-    with pytest.warns(SurgeryWarning, match=r"the batch norm one\.bn1.* behind it sees channels that are cut"):
+    with pytest.warns(SurgeryWarning, match=r"the batch norm one\.bn2 behind it sees channels that are cut"):
         apply_recipe(Residual(), recipe("conv_bn", "conv", {"index": 0}), example_inputs=IMAGE)
 
 
