@@ -230,8 +230,8 @@ class Surgery:
                 sites[site].set_width(units)
             yield
         finally:
-            for site, units in before.items():
-                sites[site].set_width(units)
+            for site, former in before.items():
+                sites[site].set_width(former)
 
     def audit(self, batch: Any = None) -> Audit:
         """Compare, per site, the rate asked for (at the schedule's end), the expected drop share, and the measured one.

@@ -73,9 +73,10 @@ def _named(name: Any, sites: Mapping[str, StructuralDropout]) -> list[str]:
 
 def _units(site: str, full: int, width: Any) -> int:
     """How many units are the width asked for."""
-    if isinstance(width, Integral) and not isinstance(width, bool) and 1 <= width <= full:
-        return int(width)
-    if isinstance(width, Real) and not isinstance(width, Integral) and 0 < width <= 1:
+    if isinstance(width, Integral):
+        if not isinstance(width, bool) and 1 <= int(width) <= full:
+            return int(width)
+    elif isinstance(width, Real) and 0 < float(width) <= 1:
         return max(1, math.floor(float(width) * full + 0.5))
     raise SurgeryError(
         f"widths: expected for {site} an integer from 1 to {full}, its units, or a float above 0 and up to 1, the "

@@ -155,7 +155,7 @@ class StructuralDropout(Regularizer):
         super().__init__(p=p)
         _check(lower_bound, step, normalize)
         require(granularity in ("channel", "head"), "granularity", "'channel' or 'head'", granularity)
-        require(share is None or (isinstance(share, str) and share), "share", "a name, or nothing", share)
+        require(share is None or (isinstance(share, str) and share != ""), "share", "a name, or nothing", share)
         if eval_width is not None:
             check_count("eval_width", eval_width, 1)
             self.eval_rule = f"keeps the first {eval_width} units"
