@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,50 +22,65 @@ _EXACT = 1e-9
 """In float64, which decides where rounding is larger than the tolerance."""
 
 
-def check(gm: nn.Module, model: nn.Module, widths: Mapping[str, int], inputs: Inputs) -> None:
-    """Raise SurgeryError unless a compressed model computes what the masked one does, in eval mode.
+def agreeing(gm: nn.Module, attempts: Iterable[nn.Module], widths: Mapping[str, int], inputs: Inputs) -> nn.Module:
+    """The first of some narrow models that computes what the masked one does, in eval mode, on the example.
 
-    Both are run on the example; in float64 as well, on copies, where their own dtype leaves it open.
+    In float64 as well, on copies, where their own dtype leaves it open.
+
+    Raises:
+        SurgeryError: there is none; says what is wrong with the first.
     """
     dtype = next((p.dtype for p in gm.parameters() if p.is_floating_point()), torch.float32)
     values = _numbers(inputs, gm, dtype)
-    difference = _difference(gm, model, widths, values)
-    if difference <= _TOLERANCE:
-        return
-    if dtype != torch.float64:
-        gm, model = copy.deepcopy(gm).double(), copy.deepcopy(model).double()
-        values = map_tree(values, lambda item: item.double() if _is_float(item) else item)
-        if _difference(gm, model, widths, values) <= _EXACT:
-            return
+    expected = _masked_outputs(gm, widths, values)
+    problem = ""
+    for model in attempts:
+        try:
+            difference = _difference(expected, _outputs(model, values))
+            doubtful = _TOLERANCE < difference < math.inf and dtype != torch.float64
+            if doubtful and _exact_difference(gm, model, widths, values) <= _EXACT:
+                return model
+        except SurgeryError:
+            raise
+        except Exception as error:
+            problem = problem or (
+                f"does not run on the example ({type(error).__name__}: {error}): its forward goes by sizes that it "
+                "keeps elsewhere than in its layers"
+            )
+            continue
+        if difference <= _TOLERANCE:
+            return model
+        problem = problem or (
+            f"differs from the masked one by {difference:.2g} of the largest output, where {_TOLERANCE:g} was "
+            "expected: its forward does other than its graph says, or mixes channels in a way that no rule knows"
+        )
     raise SurgeryError(
-        f"compress: the narrow model differs from the masked one by {difference:.2g} of the largest output, where "
-        f"{_TOLERANCE:g} was expected: something in its forward does other than its graph says, or mixes channels in a "
-        "way that no rule knows. Nothing was changed; leave sites out of `widths` to find which it is"
+        f"compress: the narrow model {problem}. Nothing was changed; leave sites out of `widths` to find which it is"
     )
 
 
-def runs(model: nn.Module, inputs: Inputs) -> Exception | None:
-    """What a model's forward raises on the example; None where it runs."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    try:
-        _outputs(model, _numbers(inputs, model, dtype))
-    except Exception as error:
-        return error
-    return None
+def _exact_difference(gm: nn.Module, model: nn.Module, widths: Mapping[str, int], values: Inputs) -> float:
+    """The difference in float64, of copies."""
+    wide, narrow = copy.deepcopy(gm).double(), copy.deepcopy(model).double()
+    values = map_tree(values, lambda item: item.double() if _is_float(item) else item)
+    return _difference(_masked_outputs(wide, widths, values), _outputs(narrow, values))
 
 
-def _difference(gm: nn.Module, model: nn.Module, widths: Mapping[str, int], inputs: Inputs) -> float:
-    """The largest difference of any output, as a share of that output's largest number."""
+def _masked_outputs(gm: nn.Module, widths: Mapping[str, int], values: Inputs) -> list[Tensor]:
     with _masked(gm, widths):
-        expected = _outputs(gm, inputs)
-    got = _outputs(model, inputs)
-    if [each.shape for each in expected] != [each.shape for each in got]:
-        return float("inf")
+        expected = _outputs(gm, values)
     if not all(bool(torch.isfinite(each).all()) for each in expected if _is_float(each)):
         raise SurgeryError(
             "compress: the masked model gives numbers that are not finite on the example, so that nothing can be "
             "compared: give example_inputs with numbers that it is made for"
         )
+    return expected
+
+
+def _difference(expected: list[Tensor], got: list[Tensor]) -> float:
+    """The largest difference of any output, as a share of that output's largest number."""
+    if [each.shape for each in expected] != [each.shape for each in got]:
+        return math.inf
     return max((_relative(one, two) for one, two in zip(expected, got, strict=True)), default=0.0)
 
 

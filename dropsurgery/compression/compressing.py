@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from dropsurgery.capture.facts import annotate
 from dropsurgery.capture.inputs import resolve_inputs
 from dropsurgery.capture.view import flat_view
 from dropsurgery.compression.carrying import carried_out, set_attributes
-from dropsurgery.compression.checking import check, runs
+from dropsurgery.compression.checking import agreeing
 from dropsurgery.compression.literals import Literals, literals
 from dropsurgery.compression.picks import Slices, slices
 from dropsurgery.compression.spreading import Blocked, Flow, Mark, spread
@@ -56,9 +57,7 @@ def compress(gm: nn.Module, widths: Widths, example_inputs: Any = None) -> nn.Mo
         raise SurgeryError(_told(blocked, marks)) from None
     finally:
         captured.view.release()
-    made = _made(model, todo, written, inputs)
-    check(gm, made, kept, inputs)
-    return made
+    return agreeing(gm, _attempts(model, todo, written), kept, inputs)
 
 
 def _captured(model: nn.Module, inputs: Inputs) -> Captured:
@@ -90,20 +89,12 @@ def _marks(gm: Any, captured: Captured, kept: dict[str, int]) -> list[Mark]:
     return marks
 
 
-def _made(model: nn.Module, todo: Slices, written: Literals, inputs: Inputs) -> nn.Module:
-    """The narrow model; of the numbers that its forwards read, those are changed with which it runs."""
-    failed: Exception | None = None
+def _attempts(model: nn.Module, todo: Slices, written: Literals) -> Iterator[nn.Module]:
+    """Narrow models: one, unless it is open which of the numbers that its forwards read have to change."""
     for changes in written.attempts():
         made = carried_out(model, todo)
         set_attributes(made, changes)
-        error = runs(made, inputs)
-        if error is None:
-            return made
-        failed = failed or error
-    raise SurgeryError(
-        f"compress: the narrow model does not run on the example ({type(failed).__name__}: {failed}): its forward "
-        "goes by sizes that it keeps elsewhere than in its layers. Nothing was changed; leave sites out of `widths`"
-    ) from failed
+        yield made
 
 
 def _told(blocked: Blocked, marks: list[Mark]) -> str:

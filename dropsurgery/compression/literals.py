@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+import torch
 from torch import fx
 
 from dropsurgery.capture import Captured
 from dropsurgery.capture.dataflow import shape_of
-from dropsurgery.compression.rules import argument, name_of
+from dropsurgery.compression.layers import argument
+from dropsurgery.compression.rules import name_of
 from dropsurgery.compression.spreading import Blocked, Flow, Spread
 from dropsurgery.kinds import tensor_inputs
 
@@ -87,9 +89,7 @@ def _attributes(captured: Captured, owner: str, size: int) -> list[Attribute]:
     """The attributes that a module's forward has read and that are this number."""
     reads = (read for level in captured.view.levels.get(owner, []) for read in level.reads.items())
     return [
-        (f"{owner}.{below}".strip("."), name)
-        for (below, name), value in reads
-        if type(value) is int and value == size
+        (f"{owner}.{below}".strip("."), name) for (below, name), value in reads if type(value) is int and value == size
     ]
 
 
@@ -105,7 +105,7 @@ def _check_splits(flow: Flow, cuts: Spread) -> None:
             continue
         if cut.axis != dim % len(shape_of(source) or ()):
             continue
-        parts = cut.gone.split([part.shape[cut.axis] for part in node.meta["value"]])
+        parts = torch.split(cut.gone, [part.shape[cut.axis] for part in node.meta["value"]])
         left = {int((~part).sum()) for part in parts}
         if name.startswith("split") or len(left) > 1:
             reason = "splits what is cut into parts whose sizes are written in its code, or that would not be equal"

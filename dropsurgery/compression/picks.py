@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from dropsurgery.capture import Captured
 from dropsurgery.compression.layers import LAYERS, Layer, layer_of, parameter_of, resize
 from dropsurgery.compression.relations import Cut, Stuck
-from dropsurgery.compression.rules import argument, name_of
+from dropsurgery.compression.rules import name_of
 from dropsurgery.compression.spreading import Blocked, Spread
 from dropsurgery.compression.states import FACTOR, States
 from dropsurgery.kinds import kind_of, tensor_users
@@ -191,7 +191,7 @@ class _Making:
         for name, size in sizes.items():
             self._sizes[module, name].add(size)
 
-    # -- all of them together --------------------------------------------------------------------------------------------
+    # -- all of them together ---------------------------------------------------------------------------------------
     def finish(self) -> Slices:
         """The slices, if every use of a tensor asks for the same."""
         for key, asked in self._asked.items():
@@ -204,8 +204,7 @@ class _Making:
                     reason = f"uses a weight that {other} uses too, and that would be cut for one of them only"
                     raise Blocked(user, reason, self.sites(first))
             self.result.tensors[key] = picks
-        for key, sizes in self._sizes.items():
-            self.result.sizes[key] = min(sizes)
+        self.result.sizes.update({key: min(sizes) for key, sizes in self._sizes.items()})
         return self.result
 
 

@@ -182,7 +182,7 @@ class Multiplied:
     def up(self, cut: Cut) -> Cut | None:
         """All channels that one makes go together."""
         _channels_only(cut)
-        table = cut.table.unflatten(0, (-1, self.times))
+        table = cut.table.view(-1, self.times, cut.table.shape[1])
         if not bool((table[..., 0] == table[:, :1, 0]).all()):
             raise Stuck(f"makes {self.times} channels of one, of which only some would stay")
         return Cut(1, table[:, 0])

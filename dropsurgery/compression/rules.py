@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from dropsurgery.capture.dataflow import shape_of
@@ -28,6 +29,7 @@ from dropsurgery.compression.relations import (
     same_axes,
 )
 from dropsurgery.kinds import holds_tensor, kind_of, kinds_of, tensor_inputs
+from dropsurgery.records import TensorFact
 
 Position = int | tuple[int, int] | str
 """Where an argument stands: its place, its place in a list, or its name."""
@@ -303,8 +305,10 @@ def _item(node: fx.Node) -> Rule:
     source: Any = node.args[0]
     if shape_of(source) is None:
         return _part(node, source)
-    before, after = _shapes(source, node)
+    before, _ = _shapes(source, node)
     index: Any = node.args[1]
+    if isinstance(index, fx.Node) and isinstance(index.meta.get("value"), TensorFact):
+        return _looked_up(node, index.meta["value"], len(before))
     items = list(index) if isinstance(index, tuple) else [index]
     if any(not isinstance(item, (int, slice, type(None), type(...))) for item in items):
         raise Stuck("picks by a tensor")
@@ -312,7 +316,8 @@ def _item(node: fx.Node) -> Rule:
         place = items.index(...)
         missing = len(before) - sum(item is not None and item is not ... for item in items)
         items[place : place + 1] = [slice(None)] * missing
-    moves, old, new = {}, 0, 0
+    moves: dict[int, int] = {}
+    old, new = 0, 0
     for item in [*items, *[slice(None)] * len(before)]:
         if item is None:
             new += 1
@@ -321,6 +326,14 @@ def _item(node: fx.Node) -> Rule:
                 moves |= {old: new} if item == slice(None) else {}
                 new += 1
             old += 1
+    return _first_only(node, lambda *_: Axes(moves, "picks positions on the axis that is cut"), "carried")
+
+
+def _looked_up(node: fx.Node, index: TensorFact, rank: int) -> Rule:
+    """Rows of a table, such as positions relative to each other: the axes behind the first stay."""
+    if index.dtype not in (torch.int64, torch.int32):
+        raise Stuck("picks by a mask")
+    moves = {axis: axis + len(index.shape) - 1 for axis in range(1, rank)}
     return _first_only(node, lambda *_: Axes(moves, "picks positions on the axis that is cut"), "carried")
 
 

@@ -177,4 +177,3 @@ def _passed(node: fx.Node, way: Callable[[Cut], Cut | None], cut: Cut, sites: fr
     if passed is not None and bool(passed.gone.all()):
         raise Blocked(node, "would keep nothing of one of its operands", sites)
     return passed
-

@@ -21,7 +21,6 @@ from dropsurgery.compression.relations import Cut
 from dropsurgery.compression.rules import Operand, Position, positions_of
 from dropsurgery.compression.spreading import Blocked, Flow, Mark, Spread
 from dropsurgery.kinds import kind_of
-from dropsurgery.matching import called
 from dropsurgery.records import Edge, TensorFact
 
 GONE, LIVE, FACTOR = range(3)
@@ -140,25 +139,28 @@ class _Walk:
             return
         if not layer.depthwise and bool((state.table[:, LIVE] > 0).any()):
             source: Any = layer.node.args[0]
-            why = self.states.why.get(source, "no site cuts them on this way")
+            why = self.states.why.get(source, "no site masks them")
             raise Blocked(layer.node, f"reads channels that are to be cut and are not zero: {why}", sites)
         self.states.columns[layer.node] = state
 
     def _explain(self, node: fx.Node, table: Tensor, effect: str, taken: list[tuple[Operand, Cut | None]]) -> None:
+        """Note why a tensor is not zero where it is to be cut."""
         if not bool((table[:, LIVE] > 0).any()):
             return
         live = [op.source for op, cut in taken if cut is not None and bool((cut.table[:, LIVE] > 0).any())]
         zeros = [op.source for op, cut in taken if cut is not None and op.source not in live]
-        if zeros and effect in ("shifted", "stirred", "bent", "layer"):
-            self.states.why[node] = f"{Blocked(node, '').where()} makes other numbers of the zeros"
-        elif zeros and effect in ("added", "alike") and live:
-            self.states.why[node] = (
-                f"{Blocked(node, '').where()} adds what no site cuts, or one cuts less of: "
-                f"{', '.join(called(source) + ' ' + repr(source.name) for source in live)}"
-            )
+        here = Blocked(node, "").where()
+        layer = layer_of(node)
+        if effect == "made" or (layer is not None and not layer.depthwise):
+            self.states.why[node] = f"no site masks what {here} makes"
+        elif zeros and not live:
+            self.states.why[node] = f"{here} makes other numbers of the zeros"
+        elif zeros and effect != "multiplied":
+            shown = ", ".join(Blocked(source, "").where() for source in live)
+            self.states.why[node] = f"{here} adds to the zeros what is not masked alike, from {shown}"
         else:
             known = [self.states.why[source] for source in live if source in self.states.why]
-            self.states.why[node] = known[0] if known else "no site cuts them on this way"
+            self.states.why[node] = known[0] if known else f"no site masks what {here} gives"
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def _layer_made(step: _Step) -> Tensor:
 
 
 def _carried(step: _Step) -> Tensor:
-    (state,) = [state for state in step.states() if state is not None][:1] or [None]
+    state = next((state for state in step.states() if state is not None), None)
     return step.fresh() if state is None else state.clone()
 
 
@@ -297,7 +299,7 @@ def _gated(step: _Step) -> Tensor:
 
 def _attended(step: _Step) -> Tensor:
     """Attention: linear in the values, in nothing else."""
-    *others, value = (step.states() + [None])[:3]
+    *others, value = [*step.states(), None][:3]
     for state in others:
         step.bare(state)
     return step.fresh() if value is None else value.clone()
@@ -364,8 +366,11 @@ def _fold_back(flow: Flow, mark: Mark, rows: dict[fx.Node, Tensor]) -> None:
             rows[node] = rows.get(node, torch.ones(len(cut.table), dtype=torch.float64)) * cut.table[:, 1]
             continue
         if rule.effect not in ("carried", "multiplied", "alike", "joined") or not rule.operands:
-            reason = "does not commute with the factor U / c of the site, and nor does what follows the site"
-            raise Blocked(node, f"{reason} (`normalize: false`, or a site behind the activation)", frozenset({mark.site}))
+            reason = (
+                "does not commute with the factor U / c of the site, and neither does what follows the site "
+                "(`normalize: false`, or a site behind the activation)"
+            )
+            raise Blocked(node, reason, frozenset({mark.site}))
         operands = rule.operands[:1] if rule.effect == "multiplied" else rule.operands
         for operand in operands:
             above = operand.relation.up(cut)
