@@ -13,6 +13,7 @@ from dropsurgery.errors import CaptureError, PlanError, RecipeError, SurgeryErro
 if TYPE_CHECKING:
     from dropsurgery.analysis.width_curve import width_curve
     from dropsurgery.api import apply_recipe, find_sites, get_regularizer, plan_recipe
+    from dropsurgery.compression import compress
     from dropsurgery.diffing import diff
     from dropsurgery.recipe import load_recipe
     from dropsurgery.rewriting import strip
@@ -24,6 +25,7 @@ __all__ = [
     "SurgeryError",
     "SurgeryWarning",
     "apply_recipe",
+    "compress",
     "diff",
     "find_sites",
     "get_regularizer",
@@ -36,6 +38,7 @@ __all__ = [
 # Imported when first asked for: what needs no torch (`dropsurgery --help`) does not wait for it.
 _HOMES = {
     "apply_recipe": "api",
+    "compress": "compression",
     "diff": "diffing",
     "find_sites": "api",
     "get_regularizer": "api",

@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"emission"}),
     frozenset({"rewriting", "flattening", "diffing", "scheduler"}),
     frozenset({"surgery"}),
-    frozenset({"api"}),
+    frozenset({"api", "compression"}),
     frozenset({"__init__"}),
     frozenset({"analysis", "integrations"}),
     frozenset({"cli"}),

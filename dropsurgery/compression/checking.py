@@ -30,8 +30,8 @@ def agreeing(gm: nn.Module, attempts: Iterable[nn.Module], widths: Mapping[str, 
     Raises:
         SurgeryError: there is none; says what is wrong with the first.
     """
-    dtype = next((p.dtype for p in gm.parameters() if p.is_floating_point()), torch.float32)
-    values = _numbers(inputs, gm, dtype)
+    dtype = dtype_of(gm)
+    values = numbers(inputs, gm)
     expected = _masked_outputs(gm, widths, values)
     problem = ""
     for model in attempts:
@@ -135,9 +135,10 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return found
 
 
-def _numbers(inputs: Inputs, model: nn.Module, dtype: torch.dtype) -> Inputs:
+def numbers(inputs: Inputs, model: nn.Module) -> Inputs:
     """Example arguments with numbers in them: the user's own where they are any, else noise of the same shape."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = dtype_of(model)
     generator = torch.Generator().manual_seed(0)
 
     def made(item: Any) -> Any:
@@ -152,6 +153,11 @@ def _numbers(inputs: Inputs, model: nn.Module, dtype: torch.dtype) -> Inputs:
 
     made_inputs: Inputs = map_tree(inputs, made)
     return made_inputs
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that a model computes in: that of its first weight."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _is_float(item: Any) -> bool:
