@@ -97,15 +97,18 @@ def drawn_width(drawn: Tensor, p: Tensor, units: int, lower_bound: int | None = 
     """
     least = _least(units, lower_bound)
     count = _grid(units, lower_bound, step)
-    cut = least + step * (drawn[1] * count).long().clamp(max=count - 1)
-    return torch.where(drawn[0] < p, cut, units)
+    cut = (drawn[1] * count).long()  # below `count`: a number below 1 times an integer is not rounded up to it
+    return torch.where(drawn[0] < p, least + step * cut, units)
 
 
 def keep_first(x: Tensor, width: Tensor, normalize: bool = True, channel_axis: int = 1) -> Tensor:
-    """Return `x` with all but its first `width` channels 0, and these times U / width; `width` is a 0-dim integer."""
+    """Return `x` with all but its first `width` channels 0, and these times U / width.
+
+    `width` is a 0-dim integer, from 1 to U.
+    """
     units = x.shape[channel_axis]
     # In float32 at least; as a number over a tensor it would be rounded twice.
-    kept = width.clamp(max=units).to(torch.promote_types(x.dtype, torch.float32))
+    kept = width.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.full_like(kept, units) / kept if normalize else torch.ones_like(kept)
     factor = torch.where(torch.arange(units, device=x.device) < width, scale, 0.0).to(x.dtype)
     shape = [1] * x.dim()
@@ -234,16 +237,20 @@ class StructuralDropout(Regularizer):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` cut to the width that is set, or else drawn; `x` itself in eval, and at rate 0, without one."""
         if self._budgeted:
-            return keep_first(x, self.budget, self.normalize, self.channel_axis)
+            return keep_first(x, self._within(x, self.budget), self.normalize, self.channel_axis)
         if self.eval_width is not None and not (self.training or self.forced):
             width = torch.full((), self.eval_width, device=x.device)
-            return keep_first(x, width, self.normalize, self.channel_axis)
+            return keep_first(x, self._within(x, width), self.normalize, self.channel_axis)
         if not self.active:
             return x
         axis, key = self.channel_axis, self._key()
         return structural_dropout(
             x, self.p, self.lower_bound, self.step, normalize=self.normalize, channel_axis=axis, key=key
         )
+
+    def _within(self, x: Tensor, width: Tensor) -> Tensor:
+        """A width of `x`, which a layer alone may be given less than."""
+        return width.clamp(max=x.shape[self.channel_axis])
 
     def expected_drop(self, shape: tuple[int, ...]) -> float:
         """Return the expected share of an input that is cut: p times what a mean cut takes away."""
