@@ -200,12 +200,17 @@ class _Making:
                 continue
             for user in self._uses[key]:
                 if not _same(picks, asked.get(user, {})):
-                    other = Blocked(first, "").where()
-                    reason = f"uses a weight that {other} uses too, and that would be cut for one of them only"
-                    raise Blocked(user, reason, self.sites(first))
-            self.result.tensors[key] = picks
+                    raise Blocked(user, _shared(first, user), self.sites(first))
+        self.result.tensors[key] = picks
         self.result.sizes.update({key: min(sizes) for key, sizes in self._sizes.items()})
         return self.result
+
+
+def _shared(first: fx.Node, user: fx.Node) -> str:
+    if first.meta.get("module") is not None and first.meta["module"] is user.meta.get("module"):
+        return "is called several times, and would be cut in one of them only"
+    other = Blocked(first, "").where()
+    return f"uses a weight that {other} uses too, and that would be cut in one of them only"
 
 
 def _same(one: dict[int, Pick], other: dict[int, Pick]) -> bool:
