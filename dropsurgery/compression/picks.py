@@ -201,7 +201,7 @@ class _Making:
             for user in self._uses[key]:
                 if not _same(picks, asked.get(user, {})):
                     raise Blocked(user, _shared(first, user), self.sites(first))
-        self.result.tensors[key] = picks
+            self.result.tensors[key] = picks
         self.result.sizes.update({key: min(sizes) for key, sizes in self._sizes.items()})
         return self.result
 

@@ -1,4 +1,4 @@
-"""Small nets: where a cut goes on, the narrow model is the masked one; where it does not, the message names the place."""
+"""Small nets: where a cut goes on, the narrow model is the masked one; where not, the message names the place."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def patterns(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(catalogue._registered["patterns"], name, pattern)
 
 
+HEADS = at("*", "attention", granularity="head")
 IMAGE, ROW, TOKENS = (2, 3, 8, 8), (4, 6), (2, 5, 6)
 
 
@@ -64,22 +65,64 @@ GOES_ON = {
     "flatten": (Flattened(), [at("act")], IMAGE, 3, {"a.weight": (3, 3, 3, 3), "n.weight": (3,), "b.weight": (5, 48)}),
     "view": (Viewed(), [at("act")], IMAGE, 3, {"a.weight": (3, 3, 3, 3), "b.weight": (5, 3)}),
     "sum": (Summed(), [at("act1"), at("act2")], IMAGE, 5, {"a.weight": (5, 3, 3, 3), "b.weight": (5, 3, 3, 3)}),
-    "cat": (Concatenated(), [at("act1"), at("act2")], IMAGE, 0.5, {"a.bias": (4,), "b.bias": (3,), "c.weight": (4, 7, 3, 3)}),
-    "one of a cat": (Concatenated(), [at("act2")], IMAGE, 2, {"a.bias": (8,), "b.bias": (2,), "c.weight": (4, 10, 3, 3)}),
+    "cat": (
+        Concatenated(),
+        [at("act1"), at("act2")],
+        IMAGE,
+        0.5,
+        {"a.bias": (4,), "b.bias": (3,), "c.weight": (4, 7, 3, 3)},
+    ),
+    "one of a cat": (
+        Concatenated(),
+        [at("act2")],
+        IMAGE,
+        2,
+        {"a.bias": (8,), "b.bias": (2,), "c.weight": (4, 10, 3, 3)},
+    ),
     "depthwise": (Depthwise(), [at("act")], IMAGE, 3, {"d.weight": (3, 1, 3, 3), "c.weight": (4, 3, 1, 1)}),
-    "depthwise, many of each": (Depthwise(times=2), [at("act")], IMAGE, 3, {"d.weight": (6, 1, 3, 3), "c.weight": (4, 6, 1, 1)}),
-    "behind a depthwise": (Depthwise(True, norm=True), [at("act2")], IMAGE, 3, {"a.weight": (3, 3, 3, 3), "d.bias": (3,)}),
-    "both sides of one": (Depthwise(True, norm=True), [at("act"), at("act2")], IMAGE, 3, {"d.bias": (3,), "n.bias": (3,)}),
-    "gate": (Gated(), [at("act")], IMAGE, 3, {"r.weight": (2, 3, 1, 1), "e.weight": (3, 2, 1, 1), "c.weight": (4, 3, 3, 3)}),
-    "function": (Functional(), [at("*", "any_conv")], IMAGE, 3, {"first": (3, 3, 3, 3), "second": (4, 3, 1, 1), "scale": (3, 1, 1)}),
+    "depthwise, many of each": (
+        Depthwise(times=2),
+        [at("act")],
+        IMAGE,
+        3,
+        {"d.weight": (6, 1, 3, 3), "c.weight": (4, 6, 1, 1)},
+    ),
+    "behind a depthwise": (
+        Depthwise(True, norm=True),
+        [at("act2")],
+        IMAGE,
+        3,
+        {"a.weight": (3, 3, 3, 3), "d.bias": (3,)},
+    ),
+    "both sides of one": (
+        Depthwise(True, norm=True),
+        [at("act"), at("act2")],
+        IMAGE,
+        3,
+        {"d.bias": (3,), "n.bias": (3,)},
+    ),
+    "gate": (
+        Gated(),
+        [at("act")],
+        IMAGE,
+        3,
+        {"r.weight": (2, 3, 1, 1), "e.weight": (3, 2, 1, 1), "c.weight": (4, 3, 3, 3)},
+    ),
+    "function": (
+        Functional(),
+        [at("*", "any_conv")],
+        IMAGE,
+        3,
+        {"first": (3, 3, 3, 3), "second": (4, 3, 1, 1), "scale": (3, 1, 1)},
+    ),
     "batch norm": (Multilayer(), [at("act")], ROW, 5, {"a.weight": (5, 6), "n.weight": (5,), "b.weight": (3, 5)}),
     "a PReLU a unit": (Multilayer(nn.PReLU(12)), [at("act")], ROW, 5, {"act.weight": (5,)}),
     "into the norm": (Multilayer(nn.GELU()), [at("n", "any_norm")], ROW, 5, {"a.weight": (5, 6), "b.weight": (3, 5)}),
     "into the rows": (Multilayer(nn.GELU(), nn.Identity()), [at("a", "linear")], ROW, 5, {"a.weight": (5, 6)}),
     "no factor": (Multilayer(nn.GELU()), [at("n", "any_norm", normalize=False)], ROW, 5, {"n.bias": (5,)}),
-    "heads": (Heads(), [at("*", "attention", granularity="head")], TOKENS, 3, {"qkv.weight": (36, 6), "proj.weight": (6, 12)}),
-    "heads of another size": (Heads(4, 2), [at("*", "attention", granularity="head")], TOKENS, 1, {"qkv.bias": (6,)}),
-}  # fmt: skip
+    "heads": (Heads(), [HEADS], TOKENS, 3, {"qkv.weight": (36, 6), "proj.weight": (6, 12)}),
+    "heads of another size": (Heads(4, 2), [HEADS], TOKENS, 1, {"qkv.bias": (6,)}),
+}
 
 
 @pytest.mark.parametrize("case", GOES_ON)
@@ -103,18 +146,35 @@ def test_layers_say_how_wide_they_are() -> None:
     assert (narrow.a.out_channels, narrow.d.in_channels, narrow.d.out_channels, narrow.d.groups) == (3, 3, 3, 3)
     assert (narrow.n.num_features, narrow.c.in_channels, narrow.c.out_channels) == (3, 3, 4)
     assert tuple(narrow.n.running_mean.shape) == (3,) == tuple(narrow.n.running_var.shape)
-    heads: Any = compress(operated(Heads(), at("*", "attention", granularity="head"), shape=TOKENS), 1)
+    heads: Any = compress(operated(Heads(), HEADS, shape=TOKENS), 1)
     assert (heads.heads, heads.size, heads.qkv.out_features, heads.proj.in_features) == (1, 4, 12, 4)
 
 
-SITES = "act"
 STOPPED = {
     "sum with what is not masked": (Branched(), [at("act2")], IMAGE, 3, ["'b'", "not zero", "'a'"]),
-    "sum of other widths": (Summed(), [at("act1"), at("act2")], IMAGE, {"act1*": 3, "act2*": 5}, ["'c'", "not masked alike"]),
+    "sum of other widths": (
+        Summed(),
+        [at("act1"), at("act2")],
+        IMAGE,
+        {"act1*": 3, "act2*": 5},
+        ["'c'", "not masked alike"],
+    ),
     "sum of which one is masked": (Summed(), [at("act1")], IMAGE, 3, ["'c'", "not masked alike", "ReLU 'act2'"]),
     "bias behind the mask": (Depthwise(True), [at("act")], IMAGE, 3, ["'c'", "'d' makes other numbers of the zeros"]),
-    "norm behind the mask": (Depthwise(norm=True), [at("act")], IMAGE, 3, ["'c'", "'n' makes other numbers of the zeros"]),
-    "two widths at one depthwise": (Depthwise(True, norm=True), [at("act"), at("act2")], IMAGE, {"act#*": 3, "act2*": 5}, ["'c'", "not zero"]),
+    "norm behind the mask": (
+        Depthwise(norm=True),
+        [at("act")],
+        IMAGE,
+        3,
+        ["'c'", "'n' makes other numbers of the zeros"],
+    ),
+    "two widths at one depthwise": (
+        Depthwise(True, norm=True),
+        [at("act"), at("act2")],
+        IMAGE,
+        {"act#*": 3, "act2*": 5},
+        ["'c'", "not zero"],
+    ),
     "groups": (Grouped(), [at("act")], IMAGE, 4, ["'c'", "2 groups"]),
     "layer norm": (Multilayer(norm=nn.LayerNorm(12)), [at("act")], ROW, 5, ["'n'", "layer norm over what is cut"]),
     "group norm": (Depthwise(), [at("act")], IMAGE, 3, ["'n'", "group norm"]),
@@ -125,10 +185,16 @@ STOPPED = {
     "pixel shuffle": (Shuffled(), [at("act")], IMAGE, 4, ["'shuffle'", "makes positions of channels"]),
     "no rule": (Sorted(), [at("act")], ROW, 4, ["cumsum", "not known"]),
     "split into written sizes": (GatedUnit(), [at("a", "linear")], ROW, 12, ["split", "written in its code"]),
-    "heads written in code": (Fixed(), [at("*", "attention", granularity="head")], TOKENS, 3, ["number 4 written in its code"]),
-    "norm over heads": (Heads(norm=True), [at("*", "attention", granularity="head")], TOKENS, 3, ["'n'", "layer norm"]),
-    "factor before an activation": (Multilayer(nn.GELU(), nn.LayerNorm(12, elementwise_affine=False)), [at("n", "any_norm")], ROW, 5, ["layer norm"]),
-}  # fmt: skip
+    "heads written in code": (Fixed(), [HEADS], TOKENS, 3, ["number 4 written in its code"]),
+    "norm over heads": (Heads(norm=True), [HEADS], TOKENS, 3, ["'n'", "layer norm"]),
+    "factor before an activation": (
+        Multilayer(nn.GELU(), nn.LayerNorm(12, elementwise_affine=False)),
+        [at("n", "any_norm")],
+        ROW,
+        5,
+        ["layer norm"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", STOPPED)
