@@ -199,7 +199,9 @@ class StructuralDropout(Regularizer):
         if units <= least or units < (self.eval_width or 1):
             wanted = f"more units than its lower_bound of {least}"
             also = "" if self.eval_width is None else f", and its eval_width of {self.eval_width} at least"
-            raise SurgeryError(f"{where}: expected {wanted}{also}, got {units}; leave this site out, or give another")
+            raise SurgeryError(
+                f"{where}: expected {wanted}{also}, got {units}; leave this site out (`where: {{exclude: …}}`)"
+            )
         if self.behind is None:
             return
         if self.behind.stream:
