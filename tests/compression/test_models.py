@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import subprocess
 import sys
 import warnings
@@ -32,6 +33,7 @@ def structural(*places: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 ACTS = {"pattern": "conv_bn_act", "edge": "output"}
 BRANCHES = ACTS | {"where": {"path": "branch", "min_size": 2}}
+INVERTED = ACTS | {"where": {"module": ["blocks.*"], "exclude": ["blocks.0.*", "blocks.5.*"]}}
 PAIRS = {"pattern": "double_conv", "edge": "between"}
 
 
@@ -42,7 +44,7 @@ def unet() -> nn.Module:
 def vgg() -> nn.Module:
     """VGG-11 with batch norm, the convolutions an eighth as wide."""
     config = [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"]
-    return timm.models.vgg.VGG(config, norm_layer=nn.BatchNorm2d, num_classes=7, num_features=64)  # type: ignore[arg-type]
+    return timm.models.vgg.VGG(config, norm_layer=nn.BatchNorm2d, num_classes=7)  # type: ignore[arg-type]
 
 
 def vit() -> nn.Module:
@@ -75,7 +77,7 @@ def vgg_all(model: Any, cut: Callable[[int], int]) -> int:
     def count(width: Callable[[int], int]) -> int:
         convs = [m for m in model.features if isinstance(m, nn.Conv2d)]
         widths = [3, *(width(conv.out_channels) for conv in convs)]
-        features = sum(9 * i * o + 3 * o for i, o in zip(widths, widths[1:], strict=False))  # bias, norm
+        features = sum(9 * i * o + 3 * o for i, o in itertools.pairwise(widths))  # bias, norm
         hidden = [width(model.pre_logits.fc1.out_channels), width(model.pre_logits.fc2.out_channels)]
         fc1 = widths[-1] * hidden[0] * 49 + hidden[0]
         return features + fc1 + hidden[0] * hidden[1] + hidden[1] + hidden[1] * 7 + 7
@@ -119,7 +121,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, tuple[int, ...], Callable[
     "resnet18": (lambda: timm.create_model("resnet18"), "structural_dropout_resnet", SMALL, resnet18),
     "resnet50": (lambda: timm.create_model("resnet50"), "structural_dropout_resnet", SMALL, resnet50),
     "vgg11_bn": (vgg, structural(ACTS, {"pattern": "conv_act", "edge": "output"}), (2, 3, 224, 224), vgg_all),
-    "mobilenetv3": (lambda: timm.create_model("mobilenetv3_small_100"), structural(BRANCHES), SMALL, mobilenet),
+    "mobilenetv3": (lambda: timm.create_model("mobilenetv3_small_100"), structural(INVERTED), SMALL, mobilenet),
     "vit_tiny": (vit, "structural_dropout_vit", SMALL, transformer),
     "unet": (unet, structural(BRANCHES | {"where": {"path": "branch", "role": "encoder"}}, PAIRS), SMALL, unet_gaps),
 }
@@ -268,8 +270,17 @@ assert not any(name.startswith("dropsurgery") for name in sys.modules)
 """
 
 
-def test_a_saved_one_needs_no_dropsurgery(pair: Any, tmp_path: Path) -> None:
-    _, narrow, x = pair
+@pytest.fixture(scope="module")
+def little() -> tuple[nn.Module, torch.Tensor]:
+    """A narrow net of torch's own modules."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3)]
+    x = torch.randn(2, 3, 8, 8)
+    model = lively(nn.Sequential(*layers))
+    return compress(apply_recipe(model, structural(ACTS), example_inputs=x, total_steps=10), 3), x
+
+
+def test_a_saved_one_needs_no_dropsurgery(little: Any, tmp_path: Path) -> None:
+    narrow, x = little
     with torch.no_grad():
         torch.save((narrow, x, narrow(x)), tmp_path / "narrow.pt")
     done = subprocess.run(
@@ -288,10 +299,10 @@ def test_torch_export(pair: Any) -> None:
         torch.testing.assert_close(torch.export.load(kept).module()(x), narrow(x))
 
 
-def test_onnx(pair: Any, tmp_path: Path) -> None:
+def test_onnx(little: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    _, narrow, x = pair
+    narrow, x = little
     torch.onnx.export(narrow, (x,), tmp_path / "narrow.onnx", dynamo=True, external_data=False, verbose=False)
     session = runtime.InferenceSession(str(tmp_path / "narrow.onnx"))
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
