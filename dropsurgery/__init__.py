@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from dropsurgery.errors import CaptureError, PlanError, RecipeError, SurgeryError, SurgeryWarning
 
 if TYPE_CHECKING:
+    from dropsurgery.analysis.width_curve import width_curve
     from dropsurgery.api import apply_recipe, find_sites, get_regularizer, plan_recipe
+    from dropsurgery.compression import compress
     from dropsurgery.diffing import diff
     from dropsurgery.recipe import load_recipe
     from dropsurgery.rewriting import strip
@@ -23,23 +25,27 @@ __all__ = [
     "SurgeryError",
     "SurgeryWarning",
     "apply_recipe",
+    "compress",
     "diff",
     "find_sites",
     "get_regularizer",
     "load_recipe",
     "plan_recipe",
     "strip",
+    "width_curve",
 ]
 
 # Imported when first asked for: what needs no torch (`dropsurgery --help`) does not wait for it.
 _HOMES = {
     "apply_recipe": "api",
+    "compress": "compression",
     "diff": "diffing",
     "find_sites": "api",
     "get_regularizer": "api",
     "load_recipe": "recipe",
     "plan_recipe": "api",
     "strip": "rewriting",
+    "width_curve": "analysis.width_curve",
 }
 
 

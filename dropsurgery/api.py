@@ -20,6 +20,7 @@ from dropsurgery.records import Edit, Site
 from dropsurgery.rewriting import rewrite
 from dropsurgery.schedules import needs_total_steps
 from dropsurgery.surgery import Surgery
+from dropsurgery.surroundings import behind
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 Overrides = Mapping[str, Any] | Sequence[str] | None
@@ -145,6 +146,8 @@ def build(edit: Edit) -> nn.Module:
     try:
         made = catalogue.load("regularizers", edit.regularizer)(**edit.arguments)
         made.producer = site.producer
+        if made.asks_behind and site.at is not None:
+            made.behind = behind(site.at)
         made.build(channel_axis=site.channel_axis, channels=site.channels, shape=site.shape, site_id=site.id)
         if edit.kind == "swap" and site.at is not None:
             made.bind(site.at.node.meta["module"])

@@ -86,3 +86,15 @@ class TensorFact:
 
     shape: tuple[int, ...]
     dtype: Any
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What a tensor goes to while its channels are still apart, before a layer mixes them.
+
+    `norms` are the paths of batch norms there; `stream` is the path of a residual addition (or of the module that does
+    it) whose shortcut the tensor is, empty where it is none.
+    """
+
+    norms: tuple[str, ...] = ()
+    stream: str = ""

@@ -31,7 +31,9 @@ from dropsurgery.planning import ADOPT, Plan, rates_of
 from dropsurgery.recipe import Recipe
 from dropsurgery.records import Edit
 from dropsurgery.regularizers._base import check_rate, require
+from dropsurgery.regularizers.structural_dropout import StructuralDropout
 from dropsurgery.scheduler import Scheduler, Slot
+from dropsurgery.widths import Widths, resolve, structural_sites
 
 _STATE_VERSION = 1
 
@@ -207,6 +209,30 @@ class Surgery:
                 regularizer.forced = forced
             self.scheduler.hold(outer)
 
+    @contextmanager
+    def width(self, widths: Widths) -> Iterator[None]:
+        """Keep the first units at the sites of structural dropout, in train and eval, without drawing.
+
+        Args:
+            widths: units that each site keeps (an integer), a share of them (a float above 0 and up to 1), or a
+                mapping of site ids, or patterns of them, to either; sites that it does not name stay as they are.
+
+        Within a compiled model, one width after another compiles nothing anew.
+
+        Raises:
+            SurgeryError: there are no such sites, or one cannot be of that width; nothing is changed.
+        """
+        sites = structural_sites(self.regularizers)
+        asked = resolve(sites, widths)
+        before = {site: sites[site].width for site in asked}
+        try:
+            for site, units in asked.items():
+                sites[site].set_width(units)
+            yield
+        finally:
+            for site, former in before.items():
+                sites[site].set_width(former)
+
     def audit(self, batch: Any = None) -> Audit:
         """Compare, per site, the rate asked for (at the schedule's end), the expected drop share, and the measured one.
 
@@ -292,6 +318,8 @@ class Surgery:
         for regularizer in self._inserted():
             regularizer.context = self.context
             regularizer.forced = False  # also in a copy that is made within `active`
+            if isinstance(regularizer, StructuralDropout):
+                regularizer.set_width(None)  # and within `width`
 
     def _model(self) -> nn.Module:
         model = self._gm()

@@ -139,13 +139,21 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "stochastic_depth_linear": [_RESNET, classifier("vit_tiny_patch16_224", **_VIT)],
     "stochastic_depth_row": [classifier("convnext_tiny", **_CONVNEXT)],
     "stochastic_pooling_vgg": [_VGG],
+    "structural_dropout_classifier": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
+    "structural_dropout_resnet": [_RESNET],
+    "structural_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
+    "structural_dropout_vit": [
+        classifier("vit_tiny_patch16_224", **_VIT),
+        classifier("swin_tiny_patch4_window7_224", **_SWIN | {"num_heads": (2, 2, 4, 4)}),
+    ],
     "unet_heavy": [segmenter("Unet", **_UNET), segmenter("MAnet", **_UNET)],
     "vit_heavy": [classifier("vit_tiny_patch16_224", **_VIT)],
     "weight_drop_lstm": [classifier("sequencer2d_s", 32, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32))],
     "weighted_channel_dropout_resnet": [_RESNET],
     "weighted_channel_dropout_vgg": [_VGG],
 }
-SELDOM = {"focused_dropout_resnet": 1.0}  # what acts on few batches is looked at at this rate
+# What acts on few batches, or in one place by a coin, is looked at at this rate.
+SELDOM = {"focused_dropout_resnet": 1.0, "structural_dropout_classifier": 1.0}
 RUNS = [
     pytest.param(recipe, make, id=f"{recipe}-{index}")
     for recipe, makes in CASES.items()

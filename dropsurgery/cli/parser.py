@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dropsurgery.cli import arguments, commands, surveys
+from dropsurgery.cli import arguments, commands, compressing, surveys
 
 _RECIPE = "a bundled name, or a path (with a slash)"
 _MODEL = "a name in timm.list_models(), smp:<Architecture>:<encoder>, torchvision:<name>, or package.module:factory"
@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument("--html", action="store_true", help="print one HTML page")
     for each in (plan, diff):
         _add_recipe(each)
+    _add_compress(command("compress", compressing.compress, "cut a model with structural dropout down to a width"))
     lists = {"fromfile_prefix_chars": "@"}
     coverage = command("coverage", surveys.coverage, "count the edits of each bundled recipe on many models", **lists)
     _add_globs(coverage, "the smallest model of each family of timm's, and SMP's architectures")
@@ -58,6 +59,24 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_globs(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("globs", nargs="*", metavar="GLOB", help=f"names of models, {_GLOBS}; by default {default}")
     parser.add_argument("--jobs", type=arguments.count, metavar="N", help="processes; by default one a core")
+
+
+def _add_compress(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_recipe(parser)
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="a state_dict of the model, as torch.save writes it"
+    )
+    parser.add_argument(
+        "--width", action="append", type=compressing.width, metavar="[SITE=]WIDTH", required=True,
+        help="how much each site keeps: a whole number of units, or a share such as 0.5; for one site, or a pattern "
+        "of them, 'layer4.*=0.25'; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE",
+        help="where the narrow model goes: .pt (the model itself), .pth (its state_dict), .pt2 (torch.export), .onnx",
+    )  # fmt: skip
+    _add_json(parser)
 
 
 def _add_certify(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from dropsurgery.errors import SurgeryError
+from dropsurgery.records import Behind
 from dropsurgery.regularizers._tracing import require_own_numbers
 
 Rate = Annotated[float, Ge(0), Le(1)]
@@ -65,6 +66,8 @@ class Regularizer(nn.Module):
         needs: what it needs besides its input, such as the host's class; empty for nothing.
         examples: arguments under which the contract's tests run it.
         producer: kinds of the operation that its input comes from, such as ("activation", "relu"); set before `build`.
+        asks_behind: whether it has to know what its output goes to.
+        behind: what its output goes to, set before `build`; None where it did not ask, and alone.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
         uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
         by_values: whether how much is dropped hangs on the values, so that `realised_drop` has to count it on them.
@@ -82,6 +85,7 @@ class Regularizer(nn.Module):
     shapes: ClassVar[str] = "any shape"
     needs: ClassVar[str] = ""
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()
+    asks_behind: ClassVar[bool] = False
     drops: ClassVar[str] = "zero"
     uncounted: ClassVar[str] = ""
     by_values: ClassVar[bool] = False
@@ -92,6 +96,7 @@ class Regularizer(nn.Module):
     step_options: Mapping[str, float] = MappingProxyType({})
     channel_axis: int = 1
     producer: tuple[str, ...] = ()
+    behind: Behind | None = None
     site_id: str = ""
     context: Keys | None = None
     forced: bool = False
