@@ -35,6 +35,7 @@ from dropsurgery.regularizers._labels import ClassSums, LabelUser, check_labels,
 from dropsurgery.scheduler import Scheduler, Slot
 
 _STATE_VERSION = 1
+Means = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,8 @@ class Surgery:
                         ...
 
         Args:
-            labels: (B,), the class of each sample of the training batch, counted from 0. They are wanted in training at
-                any rate above 0, and left again at the end of the `with`; None leaves those of a `with` around it.
+            labels: (B,), the class of each sample of the training batch, counted from 0. They are wanted in training
+                at any rate above 0, and hold to the end of the `with`; None leaves those of a `with` around it.
             validation: a pair (inputs for the model, labels), or batches of such pairs, as a loader gives them. The
                 model runs on them once, in eval mode, without gradients and with no regularizer acting; its norms, modes
                 and torch's random state stay as they are. What comes of it is kept until the next validation.
@@ -235,7 +236,7 @@ class Surgery:
             raise SurgeryError("batch: expected labels=…, validation=(x, y), or both, got neither")
         if not users:
             warnings.warn(
-                "batch: no regularizer of this model goes by labels, so that these come to nothing; leave the `with` out",
+                "batch: no regularizer of this model goes by labels, and these come to nothing; leave the `with` out",
                 SurgeryWarning,
                 stacklevel=3,
             )
@@ -250,11 +251,11 @@ class Surgery:
         with self.context.told(told):
             yield
 
-    def _validated(
-        self, users: Mapping[str, LabelUser], validation: Any
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def _validated(self, users: Mapping[str, LabelUser], validation: Any) -> dict[str, Means]:
         """The means of each class at each site, over a forward of the validation, and which classes there were."""
         model = self._model()
+        if users and any(parameter.is_meta for parameter in model.parameters()):
+            raise SurgeryError("validation: expected a model with weights, got one on the meta device")
         sums = {site: ClassSums(user.where, user.classes) for site, user in users.items()}
         before = [(regularizer, regularizer.forced) for regularizer in self._inserted()]
         with _resting(model, self._inserted()), _apart(_cuda_devices(model)):

@@ -93,9 +93,7 @@ def trial(problem: Problem, seed: int) -> Result:
     """Train a net on one draw of noise, and test it on another."""
     torch.manual_seed(seed)
     (x, y), validation, test = (problem.data(count) for count in problem.samples)
-    net = nn.Sequential(
-        nn.Linear(problem.inputs, problem.units), nn.ReLU(), nn.Linear(problem.units, problem.classes)
-    )
+    net = nn.Sequential(nn.Linear(problem.inputs, problem.units), nn.ReLU(), nn.Linear(problem.units, problem.classes))
     gm: Any = apply_recipe(net, RECIPE, example_inputs=x[:2])
     optimizer = torch.optim.Adam(gm.parameters(), lr=problem.rate)
     for _ in range(problem.steps):  # each is an epoch: the batch is all there is
@@ -109,7 +107,7 @@ def trial(problem: Problem, seed: int) -> Result:
 def report(problem: Problem, results: list[Result]) -> None:
     """A table of the accuracies, over all seeds."""
     table = Table(
-        title=f"Test accuracy on noise: {problem.classes} classes, chance {1 / problem.classes:.3f}, {len(results)} seeds",
+        title=f"Test accuracy on noise, {problem.classes} classes (chance {1 / problem.classes:.3f}), {len(results)} seeds",
         title_justify="left",
     )
     for column in ("masks in eval", "mean", "lowest", "highest"):

@@ -18,7 +18,9 @@ def check_labels(labels: object, what: str, readable: bool = True) -> Tensor:
     """
     numbers = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
     if not isinstance(labels, Tensor) or not numbers or labels.dtype == torch.bool or labels.dim() != 1:
-        raise SurgeryError(f"{what}: expected a tensor (B,) of integers, the class of each sample, got {_shown(labels)}")
+        raise SurgeryError(
+            f"{what}: expected a tensor (B,) of integers, the class of each sample, got {_shown(labels)}"
+        )
     if readable and labels.numel() and (least := int(labels.min())) < 0:
         raise SurgeryError(
             f"{what}: expected classes counted from 0, got {least}; leave samples without a class out of the batch"
@@ -111,10 +113,13 @@ class ClassSums:
         """Add a batch: features (n, D), and labels (n,) that `check_labels` let pass."""
         if len(features) != len(labels):
             raise SurgeryError(
-                f"{self.where}: expected a label for each of {len(features)} samples of the validation, got {len(labels)}"
+                f"{self.where}: expected a label for each of {len(features)} samples of the validation, "
+                f"got {len(labels)}"
             )
         if features.is_meta or labels.is_meta:
-            raise SurgeryError(f"{self.where}: expected a validation of a model with weights, got one on the meta device")
+            raise SurgeryError(
+                f"{self.where}: expected a validation of a model with weights, got one on the meta device"
+            )
         host = labels.to("cpu", torch.int64)
         self._grow(features, int(host.max()) + 1)
         assert self._sums is not None

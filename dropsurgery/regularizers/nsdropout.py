@@ -146,9 +146,9 @@ def label_masks(
 
 
 def furthest(distances: Tensor, p: Tensor) -> Tensor:
-    """Return (K, D) whether one of `distances` (K, D) is among the round(p * D) largest of its row; of equals the first.
+    """Return (K, D) whether a number of `distances` (K, D) is among the round(p * D) largest of its row.
 
-    `p` is a 0-dim tensor.
+    Of equals the first are. `p` is a 0-dim tensor.
     """
     units = distances.shape[1]
     order = distances.argsort(dim=1, descending=True, stable=True)
@@ -310,7 +310,9 @@ class NSDropout(Regularizer):
         means = state["means"]
         fits = means.dim() == 2 and state["masks"].shape == means.shape
         fits = fits and state["seen"].shape == state["masked"].shape == means.shape[:1]
-        require(fits, "state", "means and masks (K, D), seen and masked (K,)", {k: tuple(v.shape) for k, v in state.items()})
+        require(
+            fits, "state", "means and masks (K, D), seen and masked (K,)", {k: tuple(v.shape) for k, v in state.items()}
+        )
         self._forget()
         if len(means):
             device = torch.device("cpu") if self.p.is_meta else self.p.device
@@ -366,7 +368,10 @@ class NSDropout(Regularizer):
         if labels is None and self.context is not None:
             labels = self.context.labels if is_traced(x) else self.context.labels_of_forward()
         if labels is None:
-            told, mode = ("gm.surgery" if self.context is not None else "layer"), "training" if self.training else "eval"
+            told, mode = (
+                ("gm.surgery" if self.context is not None else "layer"),
+                "training" if self.training else "eval",
+            )
             raise SurgeryError(
                 f"{self.where}: expected the labels of the batch in {mode}, got none; run forward, and backward where "
                 f"activations are checkpointed, within `with {told}.batch(labels=labels):`, and give a validation once "
@@ -439,7 +444,8 @@ def _check_units(x: Tensor, known: Tensor, where: str) -> None:
 
 def _times(x: Tensor, kept: Tensor, p: Tensor) -> Tensor:
     """`x` over 1 - p where it is kept, 0 elsewhere; for backward a byte an element is held."""
-    scale = scale_of(p).clamp(max=torch.finfo(x.dtype).max)  # at p = 1, where it only has to be finite
+    most = min(torch.finfo(x.dtype).max, torch.finfo(p.dtype).max)
+    scale = scale_of(p).clamp(max=most)  # at p = 1, where it only has to be finite
     return torch.where(kept, x * scale.to(x.dtype), 0)
 
 
