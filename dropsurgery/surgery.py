@@ -211,7 +211,7 @@ class Surgery:
 
     @contextmanager
     def batch(self, *, labels: torch.Tensor | None = None, validation: Any = None) -> Iterator[None]:
-        """Tell the regularizers that go by labels (nsdropout) what the graph does not carry, for the forwards within.
+        """Tell regularizers that go by labels (nsdropout) what the graph does not carry, for the forwards within.
 
             with gm.surgery.batch(validation=(x_val, y_val)):      # each epoch
                 for x, y in loader:
@@ -221,7 +221,7 @@ class Surgery:
         Args:
             labels: (B,), the class of each sample of the training batch, counted from 0. They are wanted in training
                 at any rate above 0, and hold to the end of the `with`; None leaves those of a `with` around it.
-            validation: a pair (inputs for the model, labels), or batches of such pairs, as a loader gives them. The
+            validation: a pair (inputs for the model, labels), or batches of such pairs as a loader gives them. The
                 model runs on them once, in eval mode, without gradients and with no regularizer acting; its norms, modes
                 and torch's random state stay as they are. What comes of it is kept until the next validation.
 

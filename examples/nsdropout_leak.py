@@ -61,7 +61,7 @@ class Problem:
         return torch.randn(count, self.inputs), torch.randint(self.classes, (count,))
 
 
-LARGER = Problem(inputs=64, units=128, classes=10, samples=(1500, 500, 1000), steps=300, rate=5e-3)
+LARGER = Problem(units=128, classes=10, samples=(1000, 400, 1000), steps=300)
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,10 @@ def trial(problem: Problem, seed: int) -> Result:
 def report(problem: Problem, results: list[Result]) -> None:
     """A table of the accuracies, over all seeds."""
     table = Table(
-        title=f"Test accuracy on noise, {problem.classes} classes (chance {1 / problem.classes:.3f}), {len(results)} seeds",
+        title=f"Test accuracy on noise: {problem.classes} classes, {len(results)} seeds",
+        caption=f"chance: {1 / problem.classes:.3f}",
         title_justify="left",
+        caption_justify="left",
     )
     for column in ("masks in eval", "mean", "lowest", "highest"):
         table.add_column(column, justify="left" if column == "masks in eval" else "right")

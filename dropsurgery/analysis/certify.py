@@ -189,7 +189,7 @@ def _operated(made: Certificate, captured: Captured, recipe: Recipe | None) -> f
             return None
         made.edits = len(planned.edits)
         gm = api.operate(captured, planned)
-    if any(getattr(each, "leaks_labels", False) for each in gm.surgery.regularizers.values()):
+    if any(getattr(each, "leaks_labels", False) for each in laws.inserted(gm).values()):
         made.misfit = f"{planned.recipe.name} tells the model the labels that it is tested on; certify no such recipe"
         return None
     return gm

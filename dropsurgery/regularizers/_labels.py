@@ -34,7 +34,8 @@ def pairs(validation: object) -> Iterator[tuple[Any, Tensor]]:
     A SurgeryError where it is neither, where labels are no such tensors, or where there is no sample at all.
     """
     samples = 0
-    for pair in [validation] if _is_pair(validation) else _batches(validation):
+    batches: Iterable[Any] = [validation] if _is_pair(validation) else _batches(validation)
+    for pair in batches:
         if not _is_pair(pair):
             raise SurgeryError(_expected(f"a batch that is {_shown(pair)}"))
         inputs, labels = pair

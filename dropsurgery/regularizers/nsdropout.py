@@ -30,9 +30,14 @@ What happens at test time is where this departs from the author's code, for a re
     eval_rule: last_mask_true_label   x * M_y with y the TRUE LABEL of each test sample: the author's procedure
 
 The last one leaks the labels: a net trained so reads the class off the pattern of zeros. `examples/nsdropout_leak.py`
-trains on pure noise with labels drawn at random, where no classifier can beat chance, which is 0.200:
+trains on Gaussian noise with labels drawn at random, where no classifier of the inputs can beat chance, and prints as
+accuracy on other such noise (mean of the seeds, lowest to highest; one thread of a CPU):
 
-    LEAK_TABLE
+    masks in eval                         5 classes, D = 64, 5 seeds    10 classes, D = 128, 3 seeds
+    of the true labels                    0.728 (0.594 to 0.826)        0.883 (0.882 to 0.884)
+    none                                  0.209 (0.170 to 0.222)        0.097 (0.092 to 0.101)
+    of shuffled labels                    0.198 (0.186 to 0.216)        0.098 (0.090 to 0.104)
+    of shuffled labels, as these labels   0.716 (0.590 to 0.774)        0.877 (0.871 to 0.880)
 
 The author's published error rates come from that procedure and are no error rates of a classifier that is given images
 alone. So it asks for `i_know_this_leaks_labels: true`, for labels in eval too, warns at each forward, and nothing that
@@ -151,8 +156,14 @@ def furthest(distances: Tensor, p: Tensor) -> Tensor:
     Of equals the first are. `p` is a 0-dim tensor.
     """
     units = distances.shape[1]
+    count = _count(p, units)
+    if distances.is_cpu and not is_traced(distances):
+        # A tenth of the time of a sort.
+        level = distances.kthvalue(units + 1 - max(1, int(count)), 1, keepdim=True).values
+        above, equal = distances > level, distances == level
+        return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)))
     order = distances.argsort(dim=1, descending=True, stable=True)
-    first = torch.arange(units, device=order.device) < _count(p, units)
+    first = torch.arange(units, device=order.device) < count
     return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, first.expand_as(order))
 
 
@@ -186,6 +197,8 @@ class NSDropout(Regularizer):
 
     p: Tensor
     context: Told | None = None
+    masks: Tensor
+    masked: Tensor
 
     def __init__(
         self,
@@ -206,6 +219,7 @@ class NSDropout(Regularizer):
             self.uncounted = f"{type(self).uncounted}; its eval rule LEAKS LABELS: no score of this model says anything"
         self.labels: Tensor | None = None
         self.reading: ClassSums | None = None
+        self.means: Tensor | None = None
         self._forget()
 
     @staticmethod
@@ -279,11 +293,12 @@ class NSDropout(Regularizer):
                 f"{self.where}: expected labels below {len(seen)}, the number of classes of the validation, "
                 f"got {largest}; give a validation with samples of every class"
             )
-        absent = host[~seen[host]].unique().tolist()
+        absent = sorted(set(host[~seen[host]].tolist()))
         if absent:
             raise SurgeryError(
                 f"{self.where}: expected classes that the validation has samples of, got labels of class "
-                f"{', '.join(map(str, absent[:5]))}, of which it has none; give a validation with samples of every class"
+                f"{', '.join(map(str, absent[:5]))}, of which it has none; give a validation with samples of every "
+                "class"
             )
 
     def remember(self, means: Tensor, seen: Tensor) -> None:
@@ -390,7 +405,7 @@ class NSDropout(Regularizer):
 
     def _forget(self) -> None:
         cpu = torch.device("cpu")
-        self.means: Tensor | None = None
+        self.means = None
         self.seen = torch.zeros(0, dtype=torch.bool, device=cpu)
         self.masks = torch.zeros(0, 0, dtype=torch.bool, device=cpu)
         self.masked = torch.zeros(0, dtype=torch.bool, device=cpu)
@@ -422,9 +437,9 @@ def _check_leak(eval_rule: EvalRule, known: bool) -> None:
     require(isinstance(known, bool), "i_know_this_leaks_labels", "true or false", known)
     if eval_rule == LEAK and not known:
         raise SurgeryError(
-            f"eval_rule: expected `i_know_this_leaks_labels: true` beside {LEAK!r}, got none: it picks masks by the true "
-            "labels of the test samples, which the model then reads off them, so that no score of it says anything; "
-            "'identity', 'mean' and 'intersection' need no labels"
+            f"eval_rule: expected `i_know_this_leaks_labels: true` beside {LEAK!r}, got none: it picks masks by the "
+            "true labels of the test samples, which the model then reads off them, so that no score of it says "
+            "anything; 'identity', 'mean' and 'intersection' need no labels"
         )
 
 

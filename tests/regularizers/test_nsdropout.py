@@ -130,6 +130,15 @@ def test_exactly_round_of_the_share_goes(p: float) -> None:
     assert p == 1 or counts != below
 
 
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.2, 0.5, 1.0])
+def test_both_ways_to_the_furthest_agree(p: float) -> None:
+    """That of the CPU, and that of compilers, transforms and other devices; on whole numbers, with many equals."""
+    for units in (1, 7, 100):
+        distances = torch.randn(20, units).mul(2).round()
+        mapped = torch.func.vmap(lambda x: furthest(x, torch.tensor(p)))(distances.view(4, 5, units))
+        assert torch.equal(furthest(distances, torch.tensor(p)), mapped.view(20, units))
+
+
 def test_samples_of_one_label_have_one_mask() -> None:
     x, y = drawn(64, 4, 50)
     layer = known(*drawn(40, 4, 50, seed=1))
@@ -381,7 +390,7 @@ def test_refusals_in_forward_and_in_words() -> None:
             NSDropout(**{name: value})
     with pytest.raises(SurgeryError, match=r"nsdropout at a: expected one vector .*, got a tensor of shape \(2, 5, 4"):
         NSDropout().build(channel_axis=1, channels=5, shape=(2, 5, 4, 4), site_id="a")
-    with pytest.raises(SurgeryError, match="expected a p that drops a unit, above 0.25, got 0.2 of 2 units"):
+    with pytest.raises(SurgeryError, match=r"expected a p that drops a unit, above 0.25, got 0.2 of 2 units"):
         NSDropout().build(channel_axis=1, channels=2, shape=(2, 2), site_id="a")
     assert repr(NSDropout(0.3, eval_rule="mean")) == "NSDropout(p=0.3, distance='signed', eval_rule='mean')"
 
