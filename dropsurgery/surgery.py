@@ -222,7 +222,7 @@ class Surgery:
             labels: (B,), the class of each sample of the training batch, counted from 0. They are wanted in training
                 at any rate above 0, and hold to the end of the `with`; None leaves those of a `with` around it.
             validation: a pair (inputs for the model, labels), or batches of such pairs as a loader gives them. The
-                model runs on them once, in eval mode, without gradients and with no regularizer acting; its norms, modes
+                model runs on them once, in eval mode, without gradients and regularizers that act; its norms, modes
                 and torch's random state stay as they are. What comes of it is kept until the next validation.
 
         Labels and inputs may be on any device; where labels are on the CPU, nothing waits for an accelerator.

@@ -191,7 +191,7 @@ class NSDropout(Regularizer):
         {"p": 0.2, "eval_rule": "mean"},
         {"p": 0.2, "eval_rule": "intersection"},
     )
-    uncounted = "which units go hangs on labels and on a validation; they are round(p * D) of each sample's D"
+    uncounted = "which units go hangs on labels and a validation: round(p * D) of each sample"
     random = False  # but for the steps before the first validation
     needs_labels = True
 
