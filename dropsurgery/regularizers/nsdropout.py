@@ -83,6 +83,7 @@ _IN_WORDS: dict[str, str] = {
     LEAK: "times the last mask of each sample's TRUE LABEL, which leaks it: no score of this model says anything",
 }
 _STATE = ("means", "seen", "masks", "masked")
+PATIENCE = 1000  # steps
 _HALF = 4e-7  # a share of the units that ends on a half does so, though float32 says a little more or less
 
 
@@ -220,6 +221,7 @@ class NSDropout(Regularizer):
         self.labels: Tensor | None = None
         self.reading: ClassSums | None = None
         self.means: Tensor | None = None
+        self._waited = 0
         self._forget()
 
     @staticmethod
@@ -307,6 +309,19 @@ class NSDropout(Regularizer):
         if self.masks.shape != means.shape:
             self.masks = torch.ones(means.shape, dtype=torch.bool, device=means.device)
             self.masked = torch.zeros(len(means), dtype=torch.bool, device=means.device)
+
+    def after_step(self) -> None:
+        """Count the steps without a validation, and say once where there are so many that it seems forgotten."""
+        if self.means is not None or not self._nonzero:
+            return
+        self._waited += 1
+        if self._waited == PATIENCE:
+            warnings.warn(
+                f"{self.where}: {PATIENCE} steps, and no validation was given, so that it still is ordinary dropout; "
+                "give one by `with gm.surgery.batch(validation=(x_val, y_val)):`",
+                SurgeryWarning,
+                stacklevel=2,
+            )
 
     def expected_drop(self, shape: tuple[int, ...]) -> float:
         """Return the share of the units: p, to a whole number of them."""

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dropsurgery import PlanError, SurgeryError, SurgeryWarning, apply_recipe, diff, strip
 from dropsurgery.recipe import load_recipe
-from dropsurgery.regularizers.nsdropout import NSDropout, furthest, label_masks, nsdropout
+from dropsurgery.regularizers.nsdropout import PATIENCE, NSDropout, furthest, label_masks, nsdropout
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nsdropout_leak.py"
 
@@ -587,6 +587,33 @@ def test_steps_by_label_do_not_compile_anew() -> None:
         assert torch.equal(site(eager).masks, site(compiled).masks)
         frames.append(counter.frame_count)
     assert frames == [1, 1, 2, 2, 2, 2, 2]
+
+
+def test_a_model_that_is_compiled_in_place_takes_a_validation() -> None:
+    """Which runs as it is: nothing is compiled for it, and no graph has to be whole."""
+    torch.manual_seed(0)
+    gm, x, y = operated(Net()).train(), *images(8)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    gm.compile(backend=counter, fullgraph=True)
+    for _ in range(3):
+        with gm.surgery.batch(labels=y, validation=(x, y)):
+            gm(x).sum().backward()
+    assert counter.frame_count == 1 and site(gm).masked.all()
+
+
+def test_a_validation_that_is_forgotten_is_asked_for_once() -> None:
+    layer = NSDropout()
+    for _ in range(PATIENCE - 1):
+        layer.after_step()
+    with pytest.warns(SurgeryWarning, match="1000 steps, and no validation was given"):
+        layer.after_step()
+    silent = known(*drawn(8, 2, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in (layer, silent, NSDropout(0.0)):
+            for _ in range(PATIENCE + 1):
+                each.after_step()
 
 
 def test_labels_of_checkpointed_forwards_are_their_own() -> None:
