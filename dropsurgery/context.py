@@ -4,7 +4,7 @@ With a seed, the numbers of a draw depend on seed, site, step and how many forwa
 step, and on nothing else: sites are independent of each other and of whatever else draws numbers. Without
 one, it is torch's global generator, as for any layer. What all sites have to agree on in a forward, such as which
 column of a net it goes through, comes from a key that they share; what holds for a batch, from one that stays the same
-until the optimizer steps.
+until the optimizer steps. The labels of the batch are here for those that go by them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 
+Entry = TypeVar("Entry")
+Value = TypeVar("Value")
 _CPU = torch.device("cpu")
 _MARKS = 1 << 62
 _KEPT = 1 << 17  # keys of forwards that may be run again; more than this only where no step ends
@@ -32,9 +35,11 @@ class Context:
 
     Attributes:
         one_batch: tells whether the forwards from now to the next step are known to be of one batch; the clock sets it.
+        labels: (B,), those of the batch that is being trained on, if they were told; no copy of the context has them.
     """
 
     one_batch: Callable[[], bool] = staticmethod(lambda: False)
+    labels: Tensor | None = None
 
     def __init__(self, seed: int | None = None) -> None:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
@@ -45,6 +50,7 @@ class Context:
         self._keys: dict[tuple[str, int], int] = {}
         self._shared: dict[tuple[str, int], int] = {}
         self._of_batch: dict[str, int] = {}
+        self._labelled: dict[int, Tensor] = {}
         self._register()
 
     @property
@@ -60,6 +66,26 @@ class Context:
         self._forwards.clear()
         self._keys.clear()
         self._shared.clear()
+        self._labelled.clear()
+
+    @contextmanager
+    def told(self, labels: Tensor | None) -> Iterator[None]:
+        """Have these be the labels of the batch, within; None leaves those that there are."""
+        outer = self.labels
+        self.labels = outer if labels is None else labels
+        try:
+            yield
+        finally:
+            self.labels = outer
+
+    def labels_of_forward(self) -> Tensor | None:
+        """Return the labels of this forward's batch; one that checkpointing repeats meets those of its first time."""
+        mark = int(torch.randint(_MARKS, (), device=_CPU))  # as in `_ask`
+        if torch._C._current_graph_task_id() != -1:
+            return self._labelled.get(mark, self.labels)
+        if self.labels is not None:
+            _remember(self._labelled, mark, self.labels)
+        return self.labels
 
     def key(self, site_id: str) -> Tensor | None:
         """Return the key of the next draw at `site_id`, a 0-dim int64 CPU tensor; None without a seed."""
@@ -136,15 +162,16 @@ class Context:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._labelled = {}
         self._register()
 
 
-def _remember(table: dict[tuple[str, int], int], entry: tuple[str, int], key: int) -> int:
-    """Write a key down, and forget the oldest where there are too many."""
-    table[entry] = key
+def _remember(table: dict[Entry, Value], entry: Entry, value: Value) -> Value:
+    """Write something down, and forget the oldest where there is too much."""
+    table[entry] = value
     if len(table) > _KEPT:
         del table[next(iter(table))]
-    return key
+    return value
 
 
 # An operator, so that a compiled model can ask for keys; by handle, so that no step changes its graph.

@@ -7,7 +7,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,13 @@ from dropsurgery.planning import ADOPT, Plan, rates_of
 from dropsurgery.recipe import Recipe
 from dropsurgery.records import Edit
 from dropsurgery.regularizers._base import check_rate, require
+from dropsurgery.regularizers._labels import ClassSums, LabelUser, check_labels, pairs
 from dropsurgery.regularizers.structural_dropout import StructuralDropout
 from dropsurgery.scheduler import Scheduler, Slot
 from dropsurgery.widths import Widths, resolve, structural_sites
 
 _STATE_VERSION = 1
+Means = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,73 @@ class Surgery:
             for site, former in before.items():
                 sites[site].set_width(former)
 
+    @contextmanager
+    def batch(self, *, labels: torch.Tensor | None = None, validation: Any = None) -> Iterator[None]:
+        """Tell regularizers that go by labels (nsdropout) what the graph does not carry, for the forwards within.
+
+            with gm.surgery.batch(validation=(x_val, y_val)):      # each epoch
+                for x, y in loader:
+                    with gm.surgery.batch(labels=y):               # each step
+                        ...
+
+        Args:
+            labels: (B,), the class of each sample of the training batch, counted from 0. They are wanted in training
+                at any rate above 0, and hold to the end of the `with`; None leaves those of a `with` around it.
+            validation: a pair (inputs for the model, labels), or batches of such pairs as a loader gives them. The
+                model runs on them once, in eval mode, without gradients and regularizers that act; its norms, modes
+                and torch's random state stay as they are. What comes of it is kept until the next validation.
+
+        Labels and inputs may be on any device; where labels are on the CPU, nothing waits for an accelerator.
+
+        Raises:
+            SurgeryError: labels that are no such integers, or of a class that the validation has no sample of; nothing
+                is changed then. Another number of labels than of samples is found in the forward.
+        """
+        users = {site: each for site, each in self.regularizers.items() if getattr(each, "needs_labels", False)}
+        if labels is None and validation is None:
+            raise SurgeryError("batch: expected labels=…, validation=(x, y), or both, got neither")
+        if not users:
+            warnings.warn(
+                "batch: no regularizer of this model goes by labels, and these come to nothing; leave the `with` out",
+                SurgeryWarning,
+                stacklevel=3,
+            )
+        known = self.context.labels if labels is None else check_labels(labels, "batch: labels")
+        found = {} if validation is None else self._validated(users, validation)
+        for site, user in users.items():
+            if known is not None:
+                user.require_known(known, found[site][1] if site in found else None)
+        for site, (means, seen) in found.items():
+            users[site].remember(means, seen)
+        told = None if labels is None else labels.to(_device_of(self._model(), labels.device), torch.int64, copy=True)
+        with self.context.told(told):
+            yield
+
+    def _validated(self, users: Mapping[str, LabelUser], validation: Any) -> dict[str, Means]:
+        """The means of each class at each site, over a forward of the validation, and which classes there were."""
+        model = self._model()
+        if users and any(parameter.is_meta for parameter in model.parameters()):
+            raise SurgeryError("validation: expected a model with weights, got one on the meta device")
+        sums = {site: ClassSums(user.where, user.classes) for site, user in users.items()}
+        before = [(regularizer, regularizer.forced) for regularizer in self._inserted()]
+        with _resting(model, self._inserted()), _apart(_cuda_devices(model)):
+            try:
+                for regularizer, _ in before:
+                    regularizer.forced = False
+                for site, user in users.items():
+                    user.reading = sums[site]
+                for inputs, labels in pairs(validation) if users else ():
+                    for each in sums.values():
+                        each.labels = labels
+                    args, kwargs = _moved(_arguments_of(inputs, model), model)
+                    model(*args, **kwargs)
+            finally:
+                for regularizer, forced in before:
+                    regularizer.forced = forced
+                for user in users.values():
+                    user.reading = None
+        return {site: each.means() for site, each in sums.items()}
+
     def audit(self, batch: Any = None) -> Audit:
         """Compare, per site, the rate asked for (at the schedule's end), the expected drop share, and the measured one.
 
@@ -268,16 +337,12 @@ class Surgery:
             return note
 
         handles = [r.register_forward_pre_hook(noting(site)) for site, r in self._modules().items()]
-        modes = {module: module.training for module in model.modules()}
         try:
-            model.eval()
-            with self.active(p=0.0):
+            with _resting(model, self._inserted()), self.active(p=0.0):
                 model(*inputs[0], **inputs[1])
         finally:
             for handle in handles:
                 handle.remove()
-            for module, mode in modes.items():
-                module.training = mode
         return arriving
 
     # -- wiring ----------------------------------------------------------------------------------------------------
@@ -425,6 +490,49 @@ def _arguments(batch: Any, model: nn.Module) -> Any:
         return map_tree((args, kwargs), _noise)
     (inputs,) = resolve_inputs(model, batch)
     return inputs
+
+
+def _arguments_of(inputs: Any, model: nn.Module) -> Any:
+    if inputs is None:
+        raise SurgeryError("validation: expected inputs for the model, got None")
+    (arguments,) = resolve_inputs(model, inputs)
+    return arguments
+
+
+def _device_of(model: nn.Module, otherwise: torch.device) -> torch.device:
+    """Where the model's first parameter is, unless that is nowhere."""
+    device = next((parameter.device for parameter in model.parameters()), otherwise)
+    return otherwise if device.type == "meta" else device
+
+
+def _moved(arguments: Any, model: nn.Module) -> Any:
+    """The arguments, with their tensors where the model is."""
+
+    def move(item: Any) -> Any:
+        return item.to(_device_of(model, item.device)) if isinstance(item, torch.Tensor) else item
+
+    return map_tree(arguments, move)
+
+
+@contextmanager
+def _resting(model: nn.Module, regularizers: list[nn.Module]) -> Iterator[None]:
+    """The model is in eval mode, within; after it, each module is in the mode that it was in."""
+    modes = {module: module.training for module in (*model.modules(), *regularizers)}  # some are no children
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _apart(devices: list[torch.device]) -> Iterator[None]:
+    """Without gradients, the random state and what was compiled being left as they are; results live on after it."""
+    # Dynamo is not to be imported for it: what is not there has compiled nothing.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), eager:
+        yield
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

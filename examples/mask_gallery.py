@@ -6,7 +6,8 @@ feature maps, is given to each regularizer of the catalogue, with its default ar
 - one that is inserted is drawn by the factor that each element is multiplied by, or, where no factor says it, by
   the map before and after; one that belongs on the net's input, by the photograph and the factor;
 - one that takes the place of a sum, by the factor of either operand;
-- one that stands in for a layer, by what the layer gave and what it gives now, or by the mask of its weights.
+- one that stands in for a layer, by what the layer gave and what it gives now, or by the mask of its weights;
+- one that goes by labels, by the factor of each unit of vectors, sample by sample.
 
 Below the name stands what was measured: the share that was dropped in many draws, or why it cannot be counted. In the
 picture is the first of as many draws in which something is dropped and something kept.
@@ -18,6 +19,7 @@ picture is the first of as many draws in which something is dropped and somethin
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +47,7 @@ SIZE = 56  # of the images and of the maps
 CHANNELS = 6
 SHOWN = (1, 4)  # channels
 UNITS = 42  # of the layers whose weights are drawn
+LABELS = 3  # of those that go by them
 DRAWS = 100
 ALIKE = 1e-3  # factors that differ less are the same, rounded
 
@@ -322,10 +325,32 @@ def recurrent_weights(layer: Any, data: Data) -> Draw:
     return draw
 
 
+def by_label(layer: Any, data: Data) -> Draw:
+    """The factor of each unit of vectors, sample by sample, the samples of one class below one another."""
+    fresh = copy.deepcopy(layer)
+    classes = torch.arange(UNITS) * LABELS // UNITS
+    titles = ["before a validation", "in order of class", "another batch", "another, shuffled"]
+
+    def factor(of: Any, labels: Tensor) -> Tensor:
+        units = torch.rand(UNITS, UNITS) + 0.1
+        with of.batch(labels=labels):
+            return of(units) / units
+
+    def draw() -> Drawing:
+        with layer.batch(validation=(torch.rand(UNITS, UNITS), classes)):
+            others = classes[torch.randperm(UNITS)]
+            whose = ((fresh, classes), (layer, classes), (layer, classes), (layer, others))
+            factors = torch.stack([factor(*each) for each in whose])
+        return Drawing(factor_panels(titles, factors), factors)
+
+    return draw
+
+
 Scene = Callable[[Any, Data], Draw]
 BY_KIND: dict[str, Scene] = {"insert": inserted, "combine": combined, "swap": swapped}
-# Those that drop weights, which no output shows: a regularizer is drawn by its kind unless it is named here.
-BY_NAME: dict[str, Scene] = {"dropconnect": linear_weights, "weight_drop": recurrent_weights}
+# Those that drop weights, which no output shows, or go by labels: what is not named here is drawn by its kind.
+OF_WEIGHTS: dict[str, Scene] = {"dropconnect": linear_weights, "weight_drop": recurrent_weights}
+BY_NAME: dict[str, Scene] = {**OF_WEIGHTS, "nsdropout": by_label}
 
 
 def scene_of(name: str, layer: Any) -> Scene:
@@ -343,6 +368,8 @@ def new_layer(name: str, shape: tuple[int, ...]) -> Any:
     """The regularizer as it comes by default, for maps of `shape`, or bound to the layer of its own examples."""
     cls = catalogue.load("regularizers", name)
     layer = cls()
+    if layer.kind == "insert" and hasattr(cls, "example_inputs"):  # it takes no maps
+        shape = tuple(cls.example_inputs(2)[0].shape)
     layer.build(channel_axis=1, channels=shape[1], shape=shape, site_id=name)
     if layer.kind == "swap":
         layer.bind(cls.example_host())
@@ -361,7 +388,7 @@ def group(name: str, data: Data, seed: int) -> Group:
     drawings = [draw() for _ in range(DRAWS)]
     drawing = max(drawings, key=lambda each: (each.drops_some, each.varies))  # the first of the best
     arguments = layer.extra_repr() + (", learned parameters made up" if list(layer.parameters()) else "")
-    if name in BY_NAME:
+    if name in OF_WEIGHTS:
         words = told("of the weights dropped", [each.factors == 0 for each in drawings], layer.expected_drop(()))
     else:
         words = share(layer, data)

@@ -7,7 +7,7 @@ seed, and in eval the net is the one that `strip` gives back, unless a regulariz
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -130,6 +130,8 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "heuristic_dropout_unet_double_conv": [segmenter("Unet", **_UNET), segmenter("UnetPlusPlus", **_UNET)],
     "hinton_dropout_vgg": [_VGG],
     "input_dropout": [_RESNET],
+    "nsdropout_classifier": [_RESNET],
+    "nsdropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
     "scheduled_drop_path_nasnet": [_NASNET],
     "shake_shake_cells": [_NASNET],
     "shakedrop_resnet": [_RESNET],
@@ -213,6 +215,15 @@ def expected_rates(gm: Any, progress: float) -> dict[str, float]:
     return {site: p * factors[schedule.kind](schedule.end) for site, (p, schedule) in schedules.items()}
 
 
+def told(gm: Any, batch: tuple[Any, ...]) -> AbstractContextManager[None]:
+    """Labels of each sample, and a validation, for recipes that go by them."""
+    if not any(getattr(each, "needs_labels", False) for each in gm.surgery.regularizers.values()):
+        return nullcontext()
+    labels = torch.arange(len(batch[0]))
+    validation = (torch.cat([batch[0], batch[0].flip(-1)]), labels.repeat(2))
+    return gm.surgery.batch(labels=labels, validation=validation)
+
+
 def ramped(gm: Any) -> None:
     """Let ramps that are longer than this training be over, so that their noise is heard."""
     for edit in gm.surgery.plan.edits:
@@ -226,10 +237,11 @@ def train(gm: Any, batch: tuple[Any, ...]) -> None:
     for step in range(STEPS):
         assert rates(gm) == pytest.approx(expected_rates(gm, step / STEPS))
         optimizer.zero_grad()
-        loss = loss_of(gm(*batch))
-        assert loss.isfinite()
-        loss.backward()
-        optimizer.step()
+        with told(gm, batch):
+            loss = loss_of(gm(*batch))
+            assert loss.isfinite()
+            loss.backward()
+            optimizer.step()
     assert rates(gm) == pytest.approx(expected_rates(gm, 1.0))
 
 
@@ -255,7 +267,7 @@ def test_recipe_trains(recipe: str, make: Callable[[], Case]) -> None:
     assert not still
     spread(gm)
     ramped(gm)
-    with gm.surgery.active(p=SELDOM[recipe]) if recipe in SELDOM else nullcontext():
+    with gm.surgery.active(p=SELDOM[recipe]) if recipe in SELDOM else told(gm, case.training):
         noisy = outputs(gm, case.training, seed=1)
         assert equal(noisy, outputs(gm, case.training, seed=1))
         random = any(regularizer.random for regularizer in gm.surgery.regularizers.values())

@@ -105,6 +105,18 @@ def test_audit_leaves_mode_rates_and_random_state(gm: Any, batch: str | None) ->
     assert rates(gm) == {0.25}
 
 
+def test_audit_leaves_the_mode_of_regularizers_that_are_no_children() -> None:
+    """As those of a Sequential, whose children are its layers; here its layers are called twice."""
+    act = torch.nn.ReLU()
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), act, torch.nn.Softmax(1), act)
+    entry = {"name": "a", "pattern": "pair", "insert": "dropout", "with": {"p": 0.5}}
+    recipe = {"version": 1, "patterns": {"pair": ["linear", "activation"]}, "entries": [entry]}
+    gm: Any = apply_recipe(net, recipe, example_inputs=torch.rand(2, 4)).train()
+    assert set(gm.surgery.regularizers.values()).isdisjoint(gm.modules())
+    gm.surgery.audit()
+    assert all(regularizer.training for regularizer in gm.surgery.regularizers.values())
+
+
 def test_audit_of_the_rates_at_the_end_of_the_schedule() -> None:
     recipe = {"version": 1, "entries": [ENTRY | {"schedule": {"kind": "linear"}}]}
     gm = apply_recipe(fresh("resnet"), recipe, example_inputs=images("resnet"), total_steps=10)

@@ -188,7 +188,11 @@ def _operated(made: Certificate, captured: Captured, recipe: Recipe | None) -> f
             made.misfit = str(error)
             return None
         made.edits = len(planned.edits)
-        return api.operate(captured, planned)
+        gm = api.operate(captured, planned)
+    if any(getattr(each, "leaks_labels", False) for each in laws.inserted(gm).values()):
+        made.misfit = f"{planned.recipe.name} tells the model the labels that it is tested on; certify no such recipe"
+        return None
+    return gm
 
 
 def sites_by_edge(sites: Sites) -> dict[str, dict[str, list[Site]]]:

@@ -73,6 +73,8 @@ class Regularizer(nn.Module):
         by_values: whether how much is dropped hangs on the values, so that `realised_drop` has to count it on them.
         learned: names of the parameters that it adds to the model.
         random: whether it draws numbers.
+        needs_labels: whether it goes by the labels of each training batch; then it has what `LabelUser` says.
+        leaks_labels: whether its eval rule tells the model the labels it is tested on, so that its scores say nothing.
         eval_rule: "identity", or in words what it does in eval mode.
         step_options: what the attached optimizer's groups are to have in the steps whose batch it `acted` on, by the
             names that torch gives the options; a group that has none of it (0) keeps none.
@@ -87,10 +89,12 @@ class Regularizer(nn.Module):
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()
     asks_behind: ClassVar[bool] = False
     drops: ClassVar[str] = "zero"
-    uncounted: ClassVar[str] = ""
+    uncounted: str = ""
     by_values: ClassVar[bool] = False
     learned: ClassVar[tuple[str, ...]] = ()
     random: bool = True
+    needs_labels: ClassVar[bool] = False
+    leaks_labels: bool = False
 
     eval_rule: str = "identity"
     step_options: Mapping[str, float] = MappingProxyType({})

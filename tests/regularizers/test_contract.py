@@ -12,6 +12,8 @@ What a law needs to know, a class declares, next to what `Regularizer` asks of i
 - `by_values`: how much is dropped hangs on the values, and `realised_drop` counts it on those it is given.
 - `random = False`, on the class or one instance: it draws no numbers.
 - `learned`: names of the parameters that it adds to the model, made by `build`; it begins as the identity.
+- `needs_labels`: it is told them by its own `batch(labels=…, validation=…)`, of features that `example_inputs` gives;
+  its attribute `labels` are those of the batch, and each forward of the laws is given some.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from dropsurgery.regularizers._uniform import uniform
 Inputs = tuple[Tensor, ...]
 SHAPE = (8, 6, 14, 14)
 SHAPES = ((1, 1, 1, 1), (2, 3, 5, 9), (1, 4, 7, 7), (3, 1, 2, 1), (0, 3, 7, 7))
+CLASSES = 3  # of those that need labels
 PRODUCERS = ((), ("activation", "relu"), ("norm", "batch_norm"))
 PLACES = (  # shapes, each with the axis of its channels
     *(((4, 6), -1), ((4, 10, 6), -1), ((4, 6, 10), 1), ((4, 6, 9, 10), 1), ((4, 9, 10, 6), -1)),
@@ -65,6 +68,14 @@ class Make:
 
     def fresh(self, shape: tuple[int, ...] = SHAPE) -> Regularizer:
         layer = self.cls(**self.arguments)
+        if needs_labels(layer):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                (features,) = layer.example_inputs(4 * CLASSES)
+            with layer.batch(validation=(features, some_labels(features))):
+                pass
+            tell_labels(layer, (torch.empty(SHAPE[0]),))
+            layer.register_forward_pre_hook(tell_labels)
         if learned(layer):
             layer.build(channel_axis=1, channels=shape[1], shape=shape, site_id="site")
         if layer.kind == "swap":
@@ -80,6 +91,20 @@ def learned(layer: Regularizer) -> tuple[str, ...]:
 
 def is_random(layer: Regularizer) -> bool:
     return getattr(layer, "random", True)
+
+
+def needs_labels(layer: Regularizer) -> bool:
+    return getattr(layer, "needs_labels", False)
+
+
+def some_labels(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device) % CLASSES
+
+
+def tell_labels(layer: Any, inputs: Inputs) -> None:
+    """A pre-hook: each batch has its labels. A compiler sees nothing of it where there are as many as before."""
+    if layer.labels is None or len(layer.labels) != len(inputs[0]):
+        layer.labels = some_labels(inputs[0])
 
 
 def takes_other_inputs(layer: Regularizer) -> bool:
@@ -250,6 +275,8 @@ def refuses_places_in_words(make: Make) -> None:
             assert re.match(r"\w+ at a\.b#0:c\.d: expected .+, got .+", str(error), re.S), error
             continue
         taken += 1
+        if needs_labels(layer):
+            layer.register_forward_pre_hook(tell_labels)
         inputs = tuple(torch.randn(shape) for _ in range(2 if layer.kind == "combine" else 1))
         y = layer(*inputs)
         assert y.shape == shape and y.isfinite().all()
