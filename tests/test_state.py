@@ -202,7 +202,7 @@ def test_a_bad_state_is_refused_with_nothing_changed(name: str, wrong: str) -> N
     clock, before = gm.surgery.current_step, states(gm)
     ((site, good),) = states(operated(name)).items()
     bad = operated(name).surgery.state_dict() | {"regularizers": {site: spoiled(good)[wrong]}}
-    with pytest.raises(SurgeryError, match="state.*: expected .*, got "):
+    with pytest.raises(SurgeryError, match=r"state.*: expected .*, got "):
         gm.surgery.load_state_dict(bad)
     assert same(before, states(gm)) and gm.surgery.current_step == clock
 

@@ -53,7 +53,7 @@ def patterns(args: argparse.Namespace) -> int:
 
 
 def regularizers(args: argparse.Namespace) -> int:
-    """List the regularizers and their arguments, or their labels in the taxonomy; those that have the labels asked for."""
+    """List the regularizers that have the labels asked for: their arguments, or their labels in the taxonomy."""
     from dropsurgery import catalogue
     from dropsurgery.regularizers._taxonomy import conditions, markdown, meets
 

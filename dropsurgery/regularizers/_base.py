@@ -46,7 +46,7 @@ def check_count(name: str, value: object, least: int) -> None:
 
 
 def check_state(state: object, like: Mapping[str, Tensor]) -> None:
-    """A SurgeryError unless `state` has tensors of the names, shapes and dtypes of those in `like`, and nothing else."""
+    """A SurgeryError unless `state` has tensors of the names, shapes and dtypes of those in `like`, and no more."""
     names = ", ".join(sorted(like)) or "no entries"
     if not isinstance(state, Mapping):
         raise SurgeryError(f"state: expected {names}, got {type(state).__name__}")

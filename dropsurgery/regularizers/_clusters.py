@@ -1,4 +1,4 @@
-"""Groups of numbers on one axis, and the rates of dropping that follow from them: on the device, and read by no host."""
+"""Groups of numbers on one axis, and the rates of dropping that follow from them: no host reads them."""
 
 from __future__ import annotations
 

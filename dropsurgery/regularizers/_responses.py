@@ -41,7 +41,7 @@ def watch_gradient(value: Tensor, handle: int, *, of_output: bool) -> None:
     `value` is what it reads, or with `of_output` what it gives, from whose gradient and the weight that of the input
     follows: where nothing in front of the layer learns, none is computed.
     """
-    value.register_hook(functools.partial(_note, handle, of_output))
+    value.register_hook(functools.partial(_note, handle, of_output))  # type: ignore[no-untyped-call]
 
 
 def _note(handle: int, of_output: bool, gradient: Tensor) -> Tensor:

@@ -317,7 +317,7 @@ class ClusteringDropout(Regularizer):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = handle_of(self)  # a copy has sums of its own
 
 

@@ -111,7 +111,7 @@ def test_rates_fall_with_the_response_and_have_the_mean_p(p: float, spread: floa
         order = response.argsort()
         assert bool((pi[order].diff() <= 0).all())
         assert pi.double().mean().item() == pytest.approx(p, abs=1e-6)
-        assert 0 <= pi.min() and pi.max() <= max(p, 0.95) + 1e-6
+        assert pi.min() >= 0 and pi.max() <= max(p, 0.95) + 1e-6
         if spread == 0:
             assert torch.allclose(pi, torch.full_like(pi, p))
         elif p <= 0.94:
@@ -346,7 +346,7 @@ def test_only_training_is_looked_at() -> None:
 # ---- nothing stays alive ----
 
 
-def kept_tensors(run: Callable[[Tensor], Tensor], steps: int = 12) -> int:
+def kept_tensors(run: Callable[[Tensor], Tensor], steps: int = 8) -> int:
     """How many more tensors there are after steps than after a few, though nothing is collected but by counts."""
 
     def count() -> int:
@@ -579,7 +579,7 @@ def bad_states(good: dict[str, Tensor]) -> dict[str, Any]:
 def test_a_bad_state_is_refused_with_nothing_changed(wrong: str) -> None:
     layer = trained()
     before = layer.state()
-    with pytest.raises(SurgeryError, match="state.*: expected .*, got "):
+    with pytest.raises(SurgeryError, match=r"state.*: expected .*, got "):
         layer.load_state(bad_states(layer.state())[wrong])
     assert all(torch.equal(value, before[name]) for name, value in layer.state().items())
 
@@ -662,53 +662,58 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from dropsurgery import apply_recipe
 
-rank, source, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-torch.manual_seed(0)
-net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-arguments = {"source": source, "interval": 2, "p": 0.4}
-entry = {"name": "a", "pattern": "classifier", "edge": "module", "insert": "clustering_dropout", "with": arguments}
-gm = apply_recipe(net, {"version": 1, "name": "r", "entries": [entry]}, example_inputs=torch.randn(4, 6), seed=rank)
-gm.train()
-optimizer = torch.optim.SGD(gm.parameters(), 0.1)
-model = DistributedDataParallel(gm)
-features = []
-gm[1].register_forward_hook(lambda module, args, output: features.append(output.detach()))
-for index in range(4):
-    x = torch.randn(3 + 5 * rank, 6, generator=torch.Generator().manual_seed(10 * index + rank))
-    optimizer.zero_grad()
-    model(x).square().mean().backward()
-    optimizer.step()
-(layer,) = gm.surgery.regularizers.values()
-torch.save({"state": layer.state(), "pi": layer.pi, "features": features}, out)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+
+def train(source):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    arguments = {"source": source, "interval": 2, "p": 0.4}
+    entry = {"name": "a", "pattern": "classifier", "edge": "module", "insert": "clustering_dropout", "with": arguments}
+    gm = apply_recipe(net, {"version": 1, "name": "r", "entries": [entry]}, example_inputs=torch.randn(4, 6), seed=rank)
+    gm.train()
+    optimizer = torch.optim.SGD(gm.parameters(), 0.1)
+    model = DistributedDataParallel(gm)
+    features = []
+    gm[1].register_forward_hook(lambda module, args, output: features.append(output.detach()))
+    for index in range(4):
+        x = torch.randn(3 + 5 * rank, 6, generator=torch.Generator().manual_seed(10 * index + rank))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    (layer,) = gm.surgery.regularizers.values()
+    return {"state": layer.state(), "pi": layer.pi, "features": features}
+
+
+torch.save({source: train(source) for source in ("feature", "derivative")}, f"{folder}/{rank}")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("source", ["feature", "derivative"])
-def test_two_processes_have_the_same_rates(source: str, tmp_path: Path) -> None:
+def test_two_processes_have_the_same_rates(tmp_path: Path) -> None:
     """On batches of other numbers and sizes; what one process saw alone would give others (the control)."""
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", WORKER]
     runs = [
         subprocess.Popen(
-            [*command, str(rank), source, str(tmp_path / "store"), str(tmp_path / f"{rank}")],
-            env=environment,
-            stderr=subprocess.PIPE,
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE
         )
         for rank in range(2)
     ]
-    errors = [run.communicate(timeout=120)[1].decode() for run in runs]
+    errors = [run.communicate(timeout=300)[1].decode() for run in runs]
     assert [run.returncode for run in runs] == [0, 0], errors
-    found = [torch.load(tmp_path / f"{rank}", weights_only=True) for rank in range(2)]
-    assert all(torch.equal(found[0]["state"][name], value) for name, value in found[1]["state"].items())
-    assert torch.equal(found[0]["pi"], found[1]["pi"]) and found[0]["pi"].max() > found[0]["pi"].min()
-    if source == "feature":
-        together = [torch.cat(pair).abs().mean(0) for pair in zip(*(each["features"] for each in found), strict=True)]
-        alone = [each.abs().mean(0) for each in found[0]["features"]]
-        assert torch.allclose(found[0]["state"]["response"], average(together, 0.9), rtol=1e-4)
-        assert not torch.allclose(found[0]["state"]["response"], average(alone, 0.9), rtol=1e-2)
+    ranks = [torch.load(tmp_path / f"{rank}", weights_only=True) for rank in range(2)]
+    for source in ("feature", "derivative"):
+        first, second = (rank[source] for rank in ranks)
+        assert all(torch.equal(first["state"][name], value) for name, value in second["state"].items())
+        assert torch.equal(first["pi"], second["pi"]) and first["pi"].max() > first["pi"].min()
+    first, second = (rank["feature"] for rank in ranks)
+    pairs = zip(first["features"], second["features"], strict=True)
+    together = average([torch.cat(pair).abs().mean(0) for pair in pairs], 0.9)
+    assert torch.allclose(first["state"]["response"], together, rtol=1e-4)
+    alone = average([each.abs().mean(0) for each in first["features"]], 0.9)
+    assert not torch.allclose(first["state"]["response"], alone, rtol=1e-2)
 
 
 # ---- in a model ----
