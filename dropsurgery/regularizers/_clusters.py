@@ -31,7 +31,7 @@ def k_means(values: Tensor, k: int, steps: int = STEPS) -> tuple[Tensor, Tensor]
 
 def nearest(values: Tensor, centres: Tensor) -> Tensor:
     """Return for each of `values` the index of the nearest of `centres`; of several as near, the first."""
-    return (values - centres[:, None]).abs().argmin(0)
+    return (values[:, None] - centres).abs().argmin(1)
 
 
 def offsets_of(labels: Tensor, centres: Tensor, spread: float) -> Tensor:

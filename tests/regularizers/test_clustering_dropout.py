@@ -331,6 +331,19 @@ def test_a_step_without_forward_changes_nothing() -> None:
     assert torch.equal(layer.response, response)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_value_is_read_by_the_host(source: str) -> None:
+    """Neither in a step nor when the groups are made: on the meta device there are no values."""
+    layer = bound(source=source, interval=1)
+    layer.host.to("meta")
+    layer.to("meta")
+    step(layer, batch(0).to("meta").requires_grad_())
+    layer.set_rate("p", 0.3)
+    assert layer.pi.is_meta and layer.steps == 1
+    with pytest.raises(RuntimeError, match="meta"):  # the control
+        layer.pi.max().item()
+
+
 def test_only_training_is_looked_at() -> None:
     layer = bound()
     layer.eval()(batch(0))
