@@ -158,18 +158,15 @@ class Surgery:
         """Take up where `state_dict` was taken; a SurgeryWarning where that was under another recipe.
 
         Raises:
-            SurgeryError: not such a state, or one with sites that this model does not have; nothing is changed.
+            SurgeryError: not such a state, or one with sites that this model does not have, or (of the same recipe)
+                without some that it has; nothing is changed.
         """
         if not isinstance(state, Mapping) or not {"scheduler", "regularizers"} <= set(state):
             raise SurgeryError(
                 f"load_state_dict: expected what gm.surgery.state_dict() gives, got {type(state).__name__} "
                 f"{sorted(state) if isinstance(state, Mapping) else ''}"
             )
-        unknown = sorted(set(state["regularizers"]) - set(self.regularizers))
-        if unknown:
-            raise SurgeryError(
-                f"load_state_dict: this model has no site {', '.join(unknown[:3])}; same recipe and model?"
-            )
+        self._check_sites(state)
         if state.get("recipe") != self.recipe.name:
             warnings.warn(
                 f"load_state_dict: this state was saved under the recipe {state.get('recipe')!r}, and this model has "
@@ -186,6 +183,23 @@ class Surgery:
             for site, own in before.items():
                 self.regularizers[site].load_state(own)
             raise
+
+    def _check_sites(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state with the regularizers of another model, or without those of this one."""
+        saved = state["regularizers"]
+        require(isinstance(saved, Mapping), "load_state_dict: regularizers", "a state for each site", type(saved))
+        unknown = sorted(set(saved) - set(self.regularizers))
+        if unknown:
+            raise SurgeryError(
+                f"load_state_dict: this model has no site {', '.join(unknown[:3])}; same recipe and model?"
+            )
+        own = [site for site, regularizer in self.regularizers.items() if regularizer.state()]
+        missing = [site for site in own if site not in saved]
+        if missing and state.get("recipe") == self.recipe.name:
+            raise SurgeryError(
+                f"load_state_dict: expected the states of {len(own)} regularizers, and of {', '.join(missing[:3])} "
+                "there is none; same recipe and model?"
+            )
 
     # -- looking ---------------------------------------------------------------------------------------------------
     @contextmanager

@@ -99,6 +99,7 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "channel_dropblock_resnet": [_RESNET],
     "channel_dropblock_vgg": [_VGG],
     "classifier_dropout": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
+    "clustering_dropout_classifier": [classifier("deit_tiny_distilled_patch16_224", **_VIT), _RESNET],
     "corrdrop_channel_resnet_g34": [_RESNET],
     "corrdrop_spatial_resnet_g34": [classifier("resnet26", 160, channels=WIDTHS, layers=(1, 1, 1, 1))],
     "crossmap_dropout_resnet_g34": [_RESNET],

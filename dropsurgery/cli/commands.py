@@ -53,22 +53,43 @@ def patterns(args: argparse.Namespace) -> int:
 
 
 def regularizers(args: argparse.Namespace) -> int:
-    """List the regularizers and their arguments."""
+    """List the regularizers that have the labels asked for: their arguments, or their labels in the taxonomy."""
     from dropsurgery import catalogue
+    from dropsurgery.regularizers._taxonomy import conditions, markdown, meets
 
-    facts = []
-    for name in catalogue.names("regularizers"):
-        cls = catalogue.load("regularizers", name)
-        known = catalogue.arguments(cls)
-        defaults = {key: None if argument.required else argument.default for key, argument in known.items()}
-        told = {key: getattr(cls, key) for key in ("kind", "summary", "paper", "shapes", "needs", "placement")}
-        facts.append({"name": name, **told, "arguments": defaults})
+    wanted = conditions(args.where) if args.where is not None else []
+    loaded = {name: catalogue.load("regularizers", name) for name in catalogue.names("regularizers")}
+    labelled = {name: getattr(cls, "taxonomy", None) for name, cls in loaded.items()}
+    chosen = [name for name, taxonomy in labelled.items() if meets(taxonomy, wanted)]
     if args.json:
-        return print_json(facts)
+        return print_json([_regularizer_facts(name, loaded[name]) for name in chosen])
+    if args.markdown:
+        return write(markdown([(name, labelled[name]) for name in chosen]))
+    if args.taxonomy:
+        return _print_labels({name: labelled[name] for name in chosen})
     columns = ("name", "kind", "summary", "arguments", "shapes", "needs", "paper")
+    facts = [_regularizer_facts(name, loaded[name]) for name in chosen]
     rows = [[pairs(fact[key]) if key == "arguments" else fact[key] for key in columns] for fact in facts]
     heads = ("regularizer", "kind", "what it does", "arguments (defaults)", "accepts", "needs", "paper")
     return print_table(heads, rows)
+
+
+def _regularizer_facts(name: str, cls: Any) -> dict[str, Any]:
+    from dropsurgery import catalogue
+
+    known = catalogue.arguments(cls)
+    defaults = {key: None if argument.required else argument.default for key, argument in known.items()}
+    told = {key: getattr(cls, key) for key in ("kind", "summary", "paper", "shapes", "needs", "placement")}
+    taxonomy = getattr(cls, "taxonomy", None)
+    labels = None if taxonomy is None else taxonomy.labels()
+    return {"name": name, **told, "arguments": defaults, "taxonomy": labels}
+
+
+def _print_labels(labelled: dict[str, Any]) -> int:
+    from dropsurgery.regularizers._taxonomy import LABELS
+
+    told = {name: {} if taxonomy is None else taxonomy.told() for name, taxonomy in labelled.items()}
+    return print_table(("regularizer", *LABELS), [(name, *map(each.get, LABELS)) for name, each in told.items()])
 
 
 def schema(args: argparse.Namespace) -> int:

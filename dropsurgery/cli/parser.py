@@ -29,9 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     for name, run, summary in (
         ("recipes", commands.recipes, "list the bundled recipes"),
         ("patterns", commands.patterns, "list the patterns and their edges"),
-        ("regularizers", commands.regularizers, "list the regularizers and their arguments"),
     ):
         _add_json(command(name, run, summary))
+    _add_labels(command("regularizers", commands.regularizers, "list the regularizers and their arguments"))
     command("schema", commands.schema, "print the JSON Schema of recipes")
     check = command("check", commands.check, "check recipes: all problems, each with its place")
     check.add_argument("recipes", nargs="+", metavar="RECIPE", help=_RECIPE)
@@ -54,6 +54,16 @@ def make_parser() -> argparse.ArgumentParser:
     _add_json(coverage)
     _add_certify(command("certify", surveys.certify, "check every promise of surgery on many models", **lists))
     return parser
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--where", metavar="LABELS",
+        help="those that have all these labels of the taxonomy, such as phase=training,random",
+    )  # fmt: skip
+    output = _add_json(parser)
+    output.add_argument("--taxonomy", action="store_true", help="print the labels, in place of the arguments")
+    output.add_argument("--markdown", action="store_true", help="print the labels as a table in markdown")
 
 
 def _add_globs(parser: argparse.ArgumentParser, default: str) -> None:

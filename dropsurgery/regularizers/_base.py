@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.records import Behind
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import require_own_numbers
 
 Rate = Annotated[float, Ge(0), Le(1)]
@@ -45,6 +46,20 @@ def check_count(name: str, value: object, least: int) -> None:
     require(is_count, name, f"an integer of {least} or more", value)
 
 
+def check_state(state: object, like: Mapping[str, Tensor]) -> None:
+    """A SurgeryError unless `state` has tensors of the names, shapes and dtypes of those in `like`, and no more."""
+    names = ", ".join(sorted(like)) or "no entries"
+    if not isinstance(state, Mapping):
+        raise SurgeryError(f"state: expected {names}, got {type(state).__name__}")
+    require(set(state) == set(like), "state", names, sorted(map(str, state)))
+    for name, known in like.items():
+        value = state[name]
+        is_tensor = isinstance(value, Tensor)
+        fits = is_tensor and (value.shape, value.dtype) == (known.shape, known.dtype)
+        got = (value.dtype, tuple(value.shape)) if is_tensor else value
+        require(fits, f"state: {name}", f"a tensor of {known.dtype} and shape {tuple(known.shape)}", got)
+
+
 def rate_tensor(p: float | Tensor, device: torch.device) -> Tensor:
     """Return `p` as a 0-dim tensor; a SurgeryError if it is a number out of [0, 1] (tensors are not read)."""
     return p if isinstance(p, Tensor) else torch.tensor(check_rate("p", p), dtype=torch.float32, device=device)
@@ -65,6 +80,7 @@ class Regularizer(nn.Module):
         shapes: what it accepts, as users read it.
         needs: what it needs besides its input, such as the host's class; empty for nothing.
         examples: arguments under which the contract's tests run it.
+        taxonomy: its labels after Kukačka et al. (`_taxonomy`).
         producer: kinds of the operation that its input comes from, such as ("activation", "relu"); set before `build`.
         asks_behind: whether it has to know what its output goes to.
         behind: what its output goes to, set before `build`; None where it did not ask, and alone.
@@ -88,6 +104,7 @@ class Regularizer(nn.Module):
     needs: ClassVar[str] = ""
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()
     asks_behind: ClassVar[bool] = False
+    taxonomy: ClassVar[Taxonomy | None] = None
     drops: ClassVar[str] = "zero"
     uncounted: str = ""
     by_values: ClassVar[bool] = False
@@ -169,8 +186,8 @@ class Regularizer(nn.Module):
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` returned."""
-        require(not state, "state", "no entries", sorted(state))
+        """Take back what `state` returned; a SurgeryError where it is not that, and nothing is changed."""
+        check_state(state, {})
 
     def next_key(self) -> Tensor | None:
         """Return the key of the next draw, or None where torch's global generator is to be used."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._maps import extent, require_images
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -64,6 +65,7 @@ class ADL(Regularizer):
         {"p": 0.75, "gamma": 0.9},
         {"p": 0.5, "gamma": 0.8},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="sample")
     drops = "other"
     by_values = True
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, rate_tensor, require
 from dropsurgery.regularizers._maps import TOKENS, MapRegularizer, channels_at
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import keep_scale
 from dropsurgery.regularizers.dropout import drop
 
@@ -57,6 +58,7 @@ class AlphaDropout(MapRegularizer):
     shapes = f"any shape; with `channels` {TOKENS}"
     needs = "inputs of mean 0 and variance 1, as after SELU"
     examples = ({"p": 0.1}, {"p": 0.4}, {"p": 0.2, "channels": True})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     drops = "other"
     uncounted = "what is kept changes too, so that mean and variance stay"
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._blocks import by_samples, in_parts
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_traced, is_transformed
 from dropsurgery.regularizers._uniform import uniform
 
@@ -56,6 +57,7 @@ class BiasedDropout(Regularizer):
     placement = "on the outputs of hidden layers: recipe biased_dropout_vgg"
     shapes = "any shape (B, ...) of 2 dimensions or more"
     examples = ({"p": 0.5}, {"p": 0.3, "delta": 0.3}, {"p": 0.1, "delta": 0.05})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="sample")
 
     p: Tensor
 

@@ -39,6 +39,7 @@ from dropsurgery.regularizers._base import Rate, rate_tensor, require
 from dropsurgery.regularizers._blocks import by_samples
 from dropsurgery.regularizers._channels import ROUNDING, channels_first, lowest, measured, times_channels
 from dropsurgery.regularizers._maps import TOKENS, MapRegularizer, channels_at, extent, require_images
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import full_precision, is_traced
 from dropsurgery.regularizers._uniform import uniform
 
@@ -126,6 +127,7 @@ class ChannelDropBlock(MapRegularizer):
         {"p": 0.5, "metric": "bilinear", "allow_noop": True},
         {"p": 0.6, "metric": "bilinear", "allow_noop": True},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="sample")
 
     p: Tensor
 

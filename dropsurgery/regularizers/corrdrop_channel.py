@@ -37,6 +37,7 @@ from dropsurgery.regularizers._correlation import (
     scores,
 )
 from dropsurgery.regularizers._maps import TOKENS, channels_at
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -87,6 +88,7 @@ class CorrDropChannel(CorrDrop):
         {"p": 0.1, "gamma": "minmax", "rescale": "sample"},
         {"p": 0.3, "rescale": "none", "scope": "sample"},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="batch")
     unit = "channels"
     remedy = "raise max_units: time grows with the square of it"
 

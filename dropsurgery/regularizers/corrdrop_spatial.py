@@ -45,6 +45,7 @@ from dropsurgery.regularizers._correlation import (
     scores,
 )
 from dropsurgery.regularizers._maps import extent, require_images
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -101,6 +102,7 @@ class CorrDropSpatial(CorrDrop):
         {"p": 0.1, "block_size": 2, "gamma": "minmax", "rescale": "sample"},
         {"p": 0.3, "block_size": 3, "rescale": "none", "scope": "sample"},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="batch")
     unit = "blocks"
     remedy = "raise block_size, or max_units: time grows with the square of it"
 

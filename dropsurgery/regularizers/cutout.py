@@ -24,6 +24,7 @@ from torch import Tensor
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, check_count, rate_tensor, require
 from dropsurgery.regularizers._maps import extent, require_images
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -72,6 +73,7 @@ class Cutout(Regularizer):
         {"p": 1.0, "length": 6},
         {"p": 0.5, "length": 9, "n_holes": 2},
     )
+    taxonomy = Taxonomy(transforms="data", space="input")
 
     p: Tensor
 

@@ -32,6 +32,7 @@ from dropsurgery.regularizers._coverage import (
     seed_probability,
 )
 from dropsurgery.regularizers._maps import MapRegularizer, channels_at
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_transformed
 from dropsurgery.regularizers._uniform import uniform
 
@@ -91,6 +92,7 @@ class DropBlock(MapRegularizer):
         {"p": 0.3, "block_size": 2, "gamma": "exact"},
         {"p": 0.2, "block_size": 3, "share_channels": True, "clamp": "square"},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
 
     p: Tensor
 

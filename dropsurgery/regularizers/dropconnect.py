@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dropsurgery.regularizers._base import Rate, Regularizer, require
 from dropsurgery.regularizers._hosts import filled, own_class, require_host, run_with
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers.dropout import dropout
 
 Scope = Literal["sample", "batch"]
@@ -61,6 +62,7 @@ class DropConnect(Regularizer):
     shapes = "what the layer takes"
     needs = "a linear layer, or with `scope: batch` a convolution, whose weight is a plain parameter"
     examples = ({"p": 0.2}, {"p": 0.5, "scope": "batch"}, {"p": 0.3, "bias": False})
+    taxonomy = Taxonomy(transforms="architecture", space="hidden")
     drops = "other"
     uncounted = "weights are dropped, and an output is the sum of many"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._blocks import run
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_transformed
 from dropsurgery.regularizers._uniform import keep_scale
 
@@ -47,6 +48,7 @@ class Dropout(Regularizer):
     summary = "drops single elements"
     placement = "on hidden units; before the classifier: classifier_dropout; after convolutions: dropout_resnet_g34"
     examples = ({"p": 0.1}, {"p": 0.5}, {"p": 0.5, "rescale": "test"})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space=("input", "hidden"))
 
     p: Tensor
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from dropsurgery.errors import SurgeryError, SurgeryWarning
 from dropsurgery.regularizers._base import Keys, Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._maps import extent, may_be_negative, require_images
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_traced
 from dropsurgery.regularizers._uniform import uniform
 
@@ -128,6 +129,9 @@ class FocusedDropout(Regularizer):
         {"p": 0.5, "gamma_range": (0.6, 0.9), "gamma_scope": "pixel"},
     )
     by_values = True
+    taxonomy = Taxonomy(
+        transforms=("data", "architecture", "optimization"), space="hidden", dependence=("sample", "time")
+    )
 
     p: Tensor
     context: BatchKeys | None = None

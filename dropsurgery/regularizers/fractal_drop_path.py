@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from dropsurgery.regularizers._base import Keys, Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -88,6 +89,7 @@ class FractalDropPath(Regularizer):
     placement = "in place of the sums of parallel operations: recipe fractal_drop_path_cells"
     shapes = "two or more of one shape"
     examples = ({"p": 0.15, "p_global": 0.5}, {"p": 0.3, "p_global": 0.0})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     drops = "other"
     uncounted = "an input that is dropped changes the whole sum"
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor
 from dropsurgery.regularizers._blocks import fresh_key
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_transformed
 from dropsurgery.regularizers._uniform import scale_of
 
@@ -48,6 +49,7 @@ class GaussianDropout(Regularizer):
     summary = "multiplies elements by Gaussian noise"
     placement = "on the outputs of hidden layers, where dropout would go: recipe gaussian_dropout_vgg"
     examples = ({"p": 0.1}, {"p": 0.5})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     drops = "other"
     uncounted = "each element is changed, and none dropped"
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, check_count, rate_tensor, require
 from dropsurgery.regularizers._maps import extent, require_images
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -62,6 +63,7 @@ class GridDropout(Regularizer):
         {"p": 0.1},
         {"p": 0.4, "grid": 3},
     )
+    taxonomy = Taxonomy(transforms="data", space="input")
 
     p: Tensor
 

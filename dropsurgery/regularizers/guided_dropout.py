@@ -33,7 +33,8 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from dropsurgery.errors import SurgeryError
-from dropsurgery.regularizers._base import Rate, Regularizer, check_count, rate_tensor, require
+from dropsurgery.regularizers._base import Rate, Regularizer, check_count, check_state, rate_tensor, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 Mode = Literal["top_k", "dr"]
@@ -92,6 +93,7 @@ class GuidedDropout(Regularizer):
         {"p": 0.5, "mode": "top_k"},
         {"p": 0.2, "mode": "dr"},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="parameters")
     learned: ClassVar[tuple[str, ...]] = ("strength",)
 
     p: Tensor
@@ -167,8 +169,10 @@ class GuidedDropout(Regularizer):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` returned."""
-        require(set(state) == {"steps"}, "state", "steps", sorted(state))
-        self._set_steps(int(state["steps"]))
+        check_state(state, self.state())
+        steps = int(state["steps"])
+        require(steps >= 0, "state: steps", "0 or more", steps)
+        self._set_steps(steps)
 
     def extra_repr(self) -> str:
         """Return the rate, the mode and the warm-up."""

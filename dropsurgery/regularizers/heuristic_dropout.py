@@ -40,6 +40,7 @@ from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, check_count, rate_tensor, require
 from dropsurgery.regularizers._blocks import CPU
 from dropsurgery.regularizers._maps import require_images
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_traced, is_transformed
 
 Mask = Literal["laplace", "zero"]
@@ -153,6 +154,9 @@ class HeuristicDropout(Regularizer):
         {"p": 0.5},
         {"p": 0.5, "mask": "zero", "skip_dead": True},
         {"p": 0.5, "k": 0.1, "bins": 4, "signed_bins": True},
+    )
+    taxonomy = Taxonomy(
+        transforms=("data", "architecture"), space="hidden", randomness="deterministic", dependence="sample"
     )
     drops = "other"
     random = False

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dropsurgery.regularizers._base import Rate, Regularizer, require
 from dropsurgery.regularizers._hosts import filled, require_host
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers.dropout import dropout
 
 
@@ -43,6 +44,7 @@ class HintonDropout(Regularizer):
     shapes = "what the layer takes"
     needs = "a linear layer or a convolution whose weight is a plain parameter"
     examples = ({"p": 0.5}, {"p": 0.2, "max_norm": 3.0})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space=("input", "hidden"))
     drops = "other"
     uncounted = "inputs are dropped, and an output is the sum of many"
     eval_rule = "its input times the keep probability 1 - p"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import scale_of, uniform
 from dropsurgery.regularizers.dropout import dropout
 
@@ -60,6 +61,7 @@ class InputDropout(Regularizer):
         {"p": 0.3},
         {"p": 0.2, "unit": "pixel"},
     )
+    taxonomy = Taxonomy(transforms="data", space="input")
 
     p: Tensor
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers.stochastic_depth import stochastic_depth
 
 
@@ -42,6 +43,7 @@ class ScheduledDropPath(Regularizer):
     placement = "after each operation of a cell, before the pairwise sum: recipe scheduled_drop_path_nasnet"
     shapes = "any shape (B, ...)"
     examples = ({"p": 0.3}, {"p": 0.4})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="time")
 
     p: Tensor
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 Forward = Literal["shake", "even"]
@@ -104,6 +105,7 @@ class ShakeShake(Regularizer):
         {"p": 0.5, "backward": "keep"},
         {"p": 0.5, "backward": "even"},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     drops = "other"
 
     p: Tensor

@@ -27,6 +27,7 @@ from torch import Tensor
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._blocks import fresh_key
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_traced, is_transformed
 from dropsurgery.regularizers._uniform import uniform
 
@@ -177,6 +178,7 @@ class ShakeDrop(Regularizer):
         {"p": 0.5, "level": "image"},
         {"p": 0.5, "level": "channel", "forward_range": (0.0, 0.5)},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     drops = "other"
 
     p: Tensor

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, rate_tensor
 from dropsurgery.regularizers._maps import TOKENS, MapRegularizer, channels_at
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import keep_scale
 
 
@@ -39,6 +40,7 @@ class SpatialDropout(MapRegularizer):
     placement = "after convolutions: spatial_dropout_resnet_g34"
     shapes = TOKENS
     examples = ({"p": 0.1}, {"p": 0.5})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
 
     p: Tensor
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._blocks import by_samples
 from dropsurgery.regularizers._maps import extent, require_images
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import full_precision, is_traced, is_transformed
 from dropsurgery.regularizers._uniform import scale_of, uniform
 
@@ -59,6 +60,7 @@ class SpectralDropout(Regularizer):
         {"p": 0.2, "p_weak": 0.5},
         {"p": 0.3, "p_weak": 0.0},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="sample")
     drops = "other"
     uncounted = "coefficients are dropped, and each of them is spread over its map"
 

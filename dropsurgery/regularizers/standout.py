@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._hosts import require_host
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 _NOT_POINTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d, nn.GLU)
@@ -53,6 +54,7 @@ class Standout(Regularizer):
     shapes = "any shape"
     needs = "an activation of torch that works point by point"
     examples = ({"p": 0.5}, {"p": 0.2, "alpha": 2.0})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence=("sample", "parameters"))
     drops = "other"
     uncounted = "the share hangs on the values, and an activation has zeros of its own"
     eval_rule = "times the keep probability sigmoid(alpha * input + log((1 - p) / p))"

@@ -14,6 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import keep_scale
 
 Mode = Literal["row", "batch"]
@@ -41,6 +42,7 @@ class StochasticDepth(Regularizer):
     placement = "at the end of each residual branch, p growing with depth: stochastic_depth_linear"
     shapes = "any shape (B, ...)"
     examples = ({"p": 0.2}, {"p": 0.2, "mode": "batch"}, {"p": 0.5, "mode": "batch", "rescale": "test"})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
 
     p: Tensor
 

@@ -29,6 +29,7 @@ from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer
 from dropsurgery.regularizers._hosts import own_class, require_host
 from dropsurgery.regularizers._maps import may_be_negative
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_traced
 from dropsurgery.regularizers._uniform import uniform
 
@@ -102,6 +103,7 @@ class StochasticPooling(Regularizer):
     shapes = "what the layer takes, without negative elements"
     needs = "a max or average pooling layer (not an adaptive one) behind a ReLU"
     examples = ({"p": 0.5}, {"p": 0.9})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="sample")
     drops = "other"
     uncounted = "what is picked may be what the layer would give"
     eval_rule = "sum a^2 / sum a over each window, mixed with the layer's own pooling by p"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dropsurgery.regularizers._base import Rate, Regularizer
 from dropsurgery.regularizers._hosts import filled, own_class, require_host, run_with
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers.dropout import dropout
 
 _FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
@@ -34,6 +35,7 @@ class WeightDrop(Regularizer):
     shapes = "what the layer takes: sequences of either layout, with or without batch, packed ones"
     needs = "an nn.LSTM, nn.GRU or nn.RNN"
     examples = ({"p": 0.5}, {"p": 0.2})
+    taxonomy = Taxonomy(transforms="architecture", space="hidden")
     drops = "other"
     uncounted = "weights are dropped in the middle of the layer"
 

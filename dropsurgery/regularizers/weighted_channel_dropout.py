@@ -38,6 +38,7 @@ from dropsurgery.errors import SurgeryWarning
 from dropsurgery.regularizers._base import Rate, rate_tensor, require
 from dropsurgery.regularizers._channels import ROUNDING, channels_first, lowest, measured, times_channels
 from dropsurgery.regularizers._maps import TOKENS, MapRegularizer, channels_at
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 _NEVER_NEGATIVE = ("relu", "sigmoid")
@@ -112,6 +113,7 @@ class WeightedChannelDropout(MapRegularizer):
         {"p": 0.2, "q": 0.9},
         {"p": 0.5, "q": 0.5, "alpha_max": 20.0},
     )
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden", dependence="sample")
 
     p: Tensor
 
