@@ -117,10 +117,10 @@ class Sites:
         if not isinstance(edges, tuple):
             return
         for index, at in enumerate(edges):
-            # Called by a forward that stays opaque: no graph holds this edge. A layer that is swapped needs none.
-            if "level_node" not in at.node.meta and not at.layer:
-                continue
-            if at.node.op != "output" and _is_thrown_away(at.node):
+            if "level_node" in at.node.meta:
+                if at.node.op != "output" and _is_thrown_away(at.node):
+                    continue
+            elif not at.layer:  # called by a forward that stays opaque: no graph holds this edge
                 continue
             yield site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
 

@@ -61,7 +61,8 @@ class Zoneout(Regularizer):
 
     kind = "swap"
     paper = (
-        "Krueger et al.: Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations, ICLR 2017, arXiv:1606.01305"
+        "Krueger et al.: Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations, "
+        "ICLR 2017, arXiv:1606.01305"
     )
     summary = "lets units of a recurrent state keep their old value for a step"
     placement = "in recurrent layers and cells: zoneout_lstm, zoneout_gru"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves
 
 EXACT = 1e-12
 INPUTS, CELLS, PROJECTED, STEPS = 3, 5, 2, 6
@@ -81,6 +82,16 @@ def rows_of(given: Given, host: nn.RNNBase, result: Any) -> tuple[list[Numbers],
     else:
         outputs = list(output.unbind(0 if host.batch_first else 1))
     return [each.detach().numpy() for each in outputs], [each[:, given.order].detach().numpy() for each in last]
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """All that a layer or cell gave, in order."""
+    return [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two results are equal, number by number."""
+    return all(map(torch.equal, tensors(a), tensors(b))) and len(tensors(a)) == len(tensors(b))
 
 
 def close(a: tuple[list[Numbers], list[Numbers]], b: tuple[list[Numbers], list[Numbers]], most: float = EXACT) -> bool:

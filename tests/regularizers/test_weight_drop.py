@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from dropsurgery.context import Context
 from dropsurgery.regularizers.dropout import dropout
 from dropsurgery.regularizers.weight_drop import WeightDrop
-from tests.regularizers.recurrent import FORMS, HOSTS, close, given, hosts, rows_of
+from tests.regularizers.recurrent import FORMS, HOSTS, close, given, hosts, rows_of, same
 
 P = 0.4
 
@@ -61,7 +60,7 @@ def test_at_rate_0_and_in_eval_it_is_the_layer(kind: str, form: str) -> None:
             layer = bound(host, p, training=training)
             made, plain = layer(call.input, call.hx), host(call.input, call.hx)
             assert type(made[0]) is type(plain[0])
-            assert all(map(torch.equal, tree_leaves(made), tree_leaves(plain)))
+            assert same(made, plain)
 
 
 @pytest.mark.parametrize("kind", HOSTS)
@@ -73,7 +72,8 @@ def test_gradients_reach_the_weights_that_are_kept_and_no_others(kind: str) -> N
         output.data.square().sum().backward()
         for name, mask in masked(host, "weight_hh", 1).items():
             grad = host.get_parameter(name).grad
-            assert grad is not None and torch.equal(grad != 0, mask != 0)
+            assert grad is not None and not grad[mask == 0].any()
+            assert "relu" in kind or grad[mask != 0].all()  # a unit may give 0 to all
         others = [each.grad for name, each in host.named_parameters() if not name.startswith("weight_hh")]
         assert all(grad is not None and grad.any() for grad in others)
 

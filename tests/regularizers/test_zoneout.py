@@ -34,6 +34,8 @@ from tests.regularizers.recurrent import (
     given,
     hosts,
     rows_of,
+    same,
+    tensors,
 )
 
 CELLS_OF = {"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "tanh RNN": nn.RNNCell}
@@ -161,7 +163,7 @@ def test_without_rates_it_is_the_layer(kind: str, form: str) -> None:
             layer = bound(host, 0.0, 0.0, training=training)
             plain = host(call.input, call.hx)
             own = layer(call.input, call.hx)
-            assert all(map(torch.equal, torch.utils._pytree.tree_leaves(own), torch.utils._pytree.tree_leaves(plain)))
+            assert same(own, plain)
             layer._nonzero = True
             looped = layer(call.input, call.hx)
             assert close(rows_of(call, host, looped), rows_of(call, host, plain))
@@ -210,7 +212,7 @@ def wrongly(wrong: str) -> Run:
     return run
 
 
-def one_step(host: nn.RNNBase, rows: int = 8000) -> Given:
+def one_step(host: nn.RNNBase, rows: int = 3000) -> Given:
     """The same step many times."""
     torch.manual_seed(3)
     x, h, c = torch.randn(1, 1, INPUTS).double(), torch.randn(1, 1, CELLS).double(), torch.randn(1, 1, CELLS).double()
@@ -450,25 +452,26 @@ def test_gradients(kind: str, training: bool) -> None:
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-def test_compiled_it_gives_the_same_numbers() -> None:
-    for kind, training in itertools.product(("LSTM", "GRU"), (True, False)):
-        (host,) = hosts(kind, num_layers=2, bidirectional=False, batch_first=True, bias=True)
-        layer, call = bound(host, *RATES, training=training), given(host, "batch", True)
-        layer.context, layer.site_id = Context(1), "site"
-        outcomes = []
-        for how in (lambda layer: layer, lambda layer: torch.compile(layer, backend="aot_eager", fullgraph=True)):
-            torch._dynamo.reset()
+@pytest.mark.parametrize(
+    ("kind", "training", "allow"), [("LSTM", True, False), ("LSTM", True, True), ("GRU", False, True)]
+)
+def test_compiled_it_gives_the_same_numbers(kind: str, training: bool, allow: bool) -> None:
+    """Torch does not compile recurrent layers by default: it runs them as they are. Where it is allowed to, it does."""
+    (host,) = hosts(kind, num_layers=1, bidirectional=False, batch_first=True, bias=True)
+    call, outcomes = given(host, "batch", True), []
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=allow):
+        for compiled in (False, True):
+            layer: Any = bound(host, *RATES, training=training)
+            layer.context, layer.site_id = Context(1), "site"
             host.zero_grad()
-            assert layer.context is not None
-            layer.context.step += 1  # type: ignore[attr-defined]
-            layer.context.step = 0  # type: ignore[attr-defined]
-            result = how(layer)(call.input, call.hx)
-            result[0].square().sum().backward()
-            outcomes.append((rows_of(call, host, result), [each.grad.clone() for each in host.parameters()]))
-        assert close(outcomes[0][0], outcomes[1][0])
-        assert all(
-            torch.allclose(a, b, atol=EXACT, rtol=0) for a, b in zip(outcomes[0][1], outcomes[1][1], strict=True)
-        )
+            run = torch.compile(layer, backend="aot_eager", fullgraph=allow) if compiled else layer
+            output, last = run(call.input[:, :3], call.hx)
+            output.square().sum().backward()
+            outcomes.append([each.detach().clone() for each in (output, *last, *(p.grad for p in host.parameters()))])
+    assert all(torch.allclose(a, b, rtol=0, atol=EXACT) for a, b in zip(*outcomes, strict=True))
+    plain, _ = host(call.input[:, :3], call.hx)
+    assert not torch.allclose(outcomes[1][0], plain, atol=1e-3)
 
 
 # ---- cells ----
@@ -516,14 +519,14 @@ def test_a_cell_takes_what_it_takes(kind: str, training: bool) -> None:
         again = layer(x, first)
         assert type(first) is type(plain)
         for made in (first, again):
-            shapes = [each.shape for each in torch.utils._pytree.tree_leaves(made)]
-            assert shapes == [each.shape for each in torch.utils._pytree.tree_leaves(plain)]
+            shapes = [each.shape for each in tensors(made)]
+            assert shapes == [each.shape for each in tensors(plain)]
     before = torch.zeros(4, CELLS) if kind != "LSTM" else (torch.zeros(4, CELLS), torch.zeros(4, CELLS))
     x = torch.randn(4, INPUTS)
     results = []
     for state in (None, before):
         torch.manual_seed(1)
-        results.append(torch.utils._pytree.tree_leaves(layer(x, state)))
+        results.append(tensors(layer(x, state)))
     assert all(map(torch.equal, *results))
 
 
@@ -567,7 +570,7 @@ def test_the_rate_of_a_cell_does_nothing_where_there_is_none() -> None:
         layer, x = bound(host, 0.5, 0.0), torch.randn(4, 3)
         assert not layer.active and layer.p == 0.5
         for mode in (True, False):
-            plain, own = (torch.utils._pytree.tree_leaves(each(x)) for each in (host, layer.train(mode)))
+            plain, own = (tensors(each(x)) for each in (host, layer.train(mode)))
             assert all(map(torch.equal, plain, own))
         layer.set_rate("p_hidden", 0.2)
         assert layer.train().active
@@ -602,8 +605,8 @@ def test_low_precision(kind: str, mixed: bool, dtype: torch.dtype) -> None:
         layer = bound(host, 1e-6, 1e-6, training=training)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed), torch.no_grad():
             made, plain = (each(x, hx if len(hx) > 1 else hx[0]) for each in (layer, host))
-        for a, b in zip(*map(torch.utils._pytree.tree_leaves, (made, plain)), strict=True):
-            assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), atol=5e-2)
+        for a, b in zip(*map(tensors, (made, plain)), strict=True):
+            assert a.dtype == b.dtype and (a - b).abs().max() <= 0.03 * max(1, b.abs().max())
 
 
 def test_large_and_empty_inputs_give_finite_numbers() -> None:
@@ -612,7 +615,7 @@ def test_large_and_empty_inputs_give_finite_numbers() -> None:
         layer, x = bound(host.float(), 0.5, 0.5), torch.randn(2, 4, INPUTS)
         for training in (True, False):
             made = layer.train(training)((x * scale).requires_grad_())
-            assert all(each.isfinite().all() for each in torch.utils._pytree.tree_leaves(made)) or "relu" in kind
+            assert all(each.isfinite().all() for each in tensors(made)) or "relu" in kind
 
 
 def test_every_regularizer_has_its_host() -> None:
