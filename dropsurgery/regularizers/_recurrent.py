@@ -166,10 +166,10 @@ def _closed(host: nn.RNNBase, sequence: _Sequence, x: Tensor, last: tuple[Tensor
 def _lowered(host: nn.RNNBase, x: Tensor) -> torch.dtype | None:
     """What autocast makes of a fused kernel's results; None where there is none, and each operation decides."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype != torch.float32:
-        return None
     fused = kind == "cuda" or (kind == "cpu" and host.mode == "LSTM" and not host.proj_size)
-    return torch.get_autocast_dtype(kind) if fused else None
+    if not fused or x.dtype != torch.float32 or 0 in x.shape or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 # ---- layers and directions ----
