@@ -65,6 +65,7 @@ class Regularizer(nn.Module):
         needs: what it needs besides its input, such as the host's class; empty for nothing.
         examples: arguments under which the contract's tests run it.
         producer: kinds of the operation that its input comes from, such as ("activation", "relu"); set before `build`.
+        images: the batch of the model's example input, where it is known; set before `build`.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
         uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
         learned: names of the parameters that it adds to the model.
@@ -90,6 +91,7 @@ class Regularizer(nn.Module):
     step_options: Mapping[str, float] = MappingProxyType({})
     channel_axis: int = 1
     producer: tuple[str, ...] = ()
+    images: int | None = None
     site_id: str = ""
     context: Keys | None = None
     forced: bool = False

@@ -28,13 +28,14 @@ Mix = Callable[[int, Tensor, Tensor], Tensor]
 """(step, old, new) → what the state becomes; the step counts in the sequence's order, in both directions."""
 
 _FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
-_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
 class Noise(NamedTuple):
     """What is done within one layer and direction during one sequence; None does nothing.
 
-    Factors are (B, width), or (gates, B, width) with their own for each gate, in torch's order of the gates.
+    Factors are (B, width), or (gates, B, width) with their own for each gate, in torch's order of the gates. With B = 1
+    all sequences share one.
     """
 
     inputs: Tensor | None = None
@@ -186,7 +187,7 @@ def _part(host: nn.RNNBase, sequence: _Sequence, x: Tensor, index: int, layer: i
         index=index,
         layer=layer,
         reverse=reverse,
-        gates=_GATES[host.mode],
+        gates=GATES[host.mode],
         batch=sequence.sizes[0],
         steps=len(sequence.sizes),
         inputs=x.shape[-1],
@@ -312,6 +313,8 @@ def _joined(parts: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, ...]:
 
 def spread(rows: Tensor, factor: Tensor, sizes: list[int]) -> Tensor:
     """Rows (..., sum of sizes, width) of all steps, times factors (..., B, width) that are the same at each step."""
+    if factor.shape[-2] == 1:
+        return rows * factor
     if sizes[0] == sizes[-1]:
         steps = rows.unflatten(-2, (len(sizes), sizes[0]))
         return (steps * factor.unsqueeze(-3)).flatten(-3, -2)
