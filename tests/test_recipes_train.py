@@ -88,6 +88,7 @@ _UNET: dict[str, Any] = {"decoder_channels": (32, 16, 16, 8, 8)}
 _VIT: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
 _RESNET = classifier("resnet26", channels=WIDTHS, layers=(1, 1, 1, 1))
 _NASNET = classifier("nasnetalarge", stem_size=8, num_features=96)
+_SEQUENCER = classifier("sequencer2d_s", 32, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32))
 _VGG = classifier("vgg11_bn", mlp_ratio=0.02)
 CASES: dict[str, list[Callable[[], Case]]] = {
     "adl_resnet": [_RESNET],
@@ -140,8 +141,10 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "stochastic_depth_row": [classifier("convnext_tiny", **_CONVNEXT)],
     "stochastic_pooling_vgg": [_VGG],
     "unet_heavy": [segmenter("Unet", **_UNET), segmenter("MAnet", **_UNET)],
+    "variational_dropout_lstm": [_SEQUENCER],
+    "variational_dropout_sequencer": [_SEQUENCER],
     "vit_heavy": [classifier("vit_tiny_patch16_224", **_VIT)],
-    "weight_drop_lstm": [classifier("sequencer2d_s", 32, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32))],
+    "weight_drop_lstm": [_SEQUENCER],
     "weighted_channel_dropout_resnet": [_RESNET],
     "weighted_channel_dropout_vgg": [_VGG],
 }
@@ -192,23 +195,38 @@ def tensors(output: Any) -> Iterator[Tensor]:
         yield from tensors(list(output.values()))
 
 
+def targets(edit: Any) -> dict[str, float]:
+    """The rates that an edit comes to: its p, or where it has several, each `p_*`."""
+    several = {name: value for name, value in edit.arguments.items() if name.startswith("p_")}
+    return several if several and "p" not in edit.arguments else {"p": edit.p}
+
+
 def rates(gm: Any) -> dict[str, float]:
-    """The current rate of each regularizer that has one called p."""
-    return {site: float(regularizer.p) for site, regularizer in gm.surgery.regularizers.items()}
+    """The current rates of each regularizer."""
+    layers = gm.surgery.regularizers
+    return {
+        f"{edit.site.id} {name}": float(getattr(layers[edit.site.id], name))
+        for edit in gm.surgery.plan.edits
+        for name in targets(edit)
+    }
 
 
 def expected_rates(gm: Any, progress: float) -> dict[str, float]:
     """What the recipe's schedules ask for; the bundled recipes have constant ones, and linear ones from the start."""
-    schedules = {edit.site.id: (edit.p, edit.schedule) for edit in gm.surgery.plan.edits}
     factors = {"linear": lambda end: min(progress / end, 1.0), "constant": lambda end: 1.0}
-    assert all(schedule.begin == 0 for _, schedule in schedules.values())
-    return {site: p * factors[schedule.kind](schedule.end) for site, (p, schedule) in schedules.items()}
+    assert all(edit.schedule.begin == 0 for edit in gm.surgery.plan.edits)
+    return {
+        f"{edit.site.id} {name}": p * factors[edit.schedule.kind](edit.schedule.end)
+        for edit in gm.surgery.plan.edits
+        for name, p in targets(edit).items()
+    }
 
 
 def ramped(gm: Any) -> None:
     """Let ramps that are longer than this training be over, so that their noise is heard."""
     for edit in gm.surgery.plan.edits:
-        gm.surgery.regularizers[edit.site.id].set_rate("p", edit.p)
+        for name, p in targets(edit).items():
+            gm.surgery.regularizers[edit.site.id].set_rate(name, p)
 
 
 def train(gm: Any, batch: tuple[Any, ...]) -> None:

@@ -15,6 +15,7 @@ get fewer, and the reverse direction starts with few.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,8 @@ class Noise(NamedTuple):
     state: Mix | None = None
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """One layer in one direction, and what it is given: `batch` sequences of up to `steps` steps."""
 
     index: int  # as in hx: layer * directions + direction
@@ -204,7 +206,8 @@ class _Loop:
         self.part = part
         self.noise = noise
         self.w_ih, self.w_hh, *others = weights
-        self.b_ih, self.b_hh = others[:2] if host.bias else (None, None)
+        self.b_ih: Tensor | None = others[0] if host.bias else None
+        self.b_hh: Tensor | None = others[1] if host.bias else None
         self.w_hr = others[-1] if host.proj_size else None
         self.by_gate = noise.hidden is not None and noise.hidden.dim() == 3
         self.w_step = self._by_gate(self.w_hh).transpose(1, 2) if self.by_gate else self.w_hh.t()
@@ -213,7 +216,7 @@ class _Loop:
 
     def run(self, x: Tensor, states: tuple[Tensor, ...], sizes: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The outputs of all steps as rows, and the states that each sequence ended with."""
-        projected = self._projected(x, sizes).split(sizes, -2)
+        projected = torch.split(self._projected(x, sizes), sizes, -2)
         outputs: list[Tensor] = [states[0]] * len(sizes)
         ended: list[tuple[Tensor, ...]] = []
         now = states if sizes[0] == sizes[-1] or not self.part.reverse else _rows(states, 0, sizes[-1])
@@ -243,7 +246,9 @@ class _Loop:
     def _projected(self, x: Tensor, sizes: list[int]) -> Tensor:
         """What all steps get from their inputs: (rows, gates * cells), or by gate (gates, rows, cells)."""
         bias, factor = self.b_ih, self.noise.inputs
-        if bias is not None and self.part.gates != 3:  # a GRU's second bias is multiplied by r
+        if (
+            bias is not None and self.b_hh is not None and self.part.gates != 3
+        ):  # a GRU's second bias is multiplied by r
             bias = bias + self.b_hh
         if factor is not None and factor.dim() == 3:
             weight = self._by_gate(self.w_ih).transpose(1, 2)
@@ -316,7 +321,7 @@ def spread(rows: Tensor, factor: Tensor, sizes: list[int]) -> Tensor:
     if factor.shape[-2] == 1:
         return rows * factor
     if sizes[0] == sizes[-1]:
-        steps = rows.unflatten(-2, (len(sizes), sizes[0]))
+        steps = rows.view(*rows.shape[:-2], len(sizes), sizes[0], rows.shape[-1])
         return (steps * factor.unsqueeze(-3)).flatten(-3, -2)
     return rows * torch.cat([factor[..., :size, :] for size in sizes], -2)
 

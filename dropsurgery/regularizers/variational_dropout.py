@@ -121,7 +121,7 @@ def factors_of(
     scales = [scale_of(p) for p in tensors]
     made = iter(
         torch.where(piece.view(shape) >= tensors[which], scales[which], 0.0).to(like.dtype)
-        for piece, (shape, which) in zip(numbers.split(sizes), shapes, strict=True)
+        for piece, (shape, which) in zip(torch.split(numbers, sizes), shapes, strict=True)
     )
     inputs, hidden, output = drawn
     count = len(layer.all_weights)

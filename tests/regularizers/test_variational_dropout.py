@@ -139,10 +139,13 @@ class Wrong(NamedTuple):
     each_step: bool = False  # another mask at each step
 
 
+RIGHT = Wrong()
+
+
 class OneSequence:
     """One layer and direction over the steps (T, width) of one sequence, with factors (width,) or (gates, width)."""
 
-    def __init__(self, host: nn.RNNBase, index: int, noise: Noise, row: int, wrong: Wrong = Wrong()) -> None:
+    def __init__(self, host: nn.RNNBase, index: int, noise: Noise, row: int, wrong: Wrong = RIGHT) -> None:
         arrays = [weight.detach().numpy() for weight in host.all_weights[index]]
         self.w_ih, self.w_hh = arrays[:2]
         zero = np.zeros(len(self.w_ih))
@@ -190,7 +193,7 @@ class OneSequence:
         return out, [h] if c is None else [h, c]
 
 
-def expected(host: nn.RNNBase, input: Any, hx: Any, factors: Factors, wrong: Wrong = Wrong()) -> list[Tensor]:
+def expected(host: nn.RNNBase, input: Any, hx: Any, factors: Factors, wrong: Wrong = RIGHT) -> list[Tensor]:
     """What each sequence gives by itself: outputs one after another, and the last states (index, B, width)."""
     packed = isinstance(input, PackedSequence)
     if packed:
@@ -499,12 +502,12 @@ def test_rows_of_a_group_share_their_masks() -> None:
     groups = drop.view(100, 4, 60)
     assert (groups == groups[:, :1]).all()
     assert share_is(groups[:, 0], 0.5) and uncorrelated(groups[1:, 0], groups[:-1, 0])
-    with pytest.raises(SurgeryError, match="batch of variational_dropout: expected groups of 4 rows .*, got 6"):
+    with pytest.raises(SurgeryError, match=r"batch of variational_dropout: expected groups of 4 rows .*, got 6"):
         masks_seen(layer, batch=6)
 
 
 def test_groups_keep_their_rows_in_packed_sequences() -> None:
-    layer, host = exposed(0.4, 0.3, 0.5, mask_group=2)
+    layer, _ = exposed(0.4, 0.3, 0.5, mask_group=2)
     sequences = [torch.ones(n, 60) for n in LENGTHS]
     with torch.no_grad():
         output, _ = layer(pack_sequence(sequences, enforce_sorted=False), torch.ones(1, 4, 60))
@@ -568,10 +571,8 @@ def test_the_layer_stays_what_it_was(options: dict[str, Any]) -> None:
     torch.manual_seed(1)
     y = layer.train()(x)
     torch.manual_seed(1)
-    key = dict(tied=layer.tied, mask=layer.mask)
-    assert close(
-        y, variational_dropout(copy.deepcopy(host), x, None, layer.p_input, layer.p_hidden, layer.p_output, **key), 0
-    )
+    rates = (layer.p_input, layer.p_hidden, layer.p_output)
+    assert close(y, variational_dropout(copy.deepcopy(host), x, None, *rates, tied=layer.tied, mask=layer.mask), 0)
 
 
 def test_only_what_has_a_rate_is_drawn() -> None:
@@ -803,7 +804,7 @@ def small_sequencer() -> nn.Module:
 
 
 def test_one_mask_an_image_in_a_sequencer() -> None:
-    """Rows of the LSTMs' batches are columns and rows of images; of one image they share a mask, and see the same drop."""
+    """Rows of the LSTMs' batches are columns and rows of images; those of one image share their masks."""
     images = torch.randn(3, 3, 64, 96)
     gm: Any = apply_recipe(small_sequencer(), "variational_dropout_sequencer", example_inputs=images, total_steps=4)
     for _ in range(4):
