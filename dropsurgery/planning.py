@@ -117,9 +117,10 @@ class Sites:
         if not isinstance(edges, tuple):
             return
         for index, at in enumerate(edges):
-            if "level_node" not in at.node.meta and not at.layer:
-                continue  # called by a forward that stays opaque: no graph holds this edge, though the layer is there
-            if at.node.op != "output" and _is_thrown_away(at.node):
+            if "level_node" not in at.node.meta:  # called by a forward that stays opaque: no graph holds this edge
+                if not at.layer:  # but the layer itself is there, and who knows what is done with what it gives
+                    continue
+            elif at.node.op != "output" and _is_thrown_away(at.node):
                 continue
             yield site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
 

@@ -14,13 +14,15 @@ get fewer, and the reverse direction starts with few.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports dynamo at once
 from torch.nn.utils.rnn import PackedSequence
 
 from dropsurgery.regularizers._hosts import own_class, require_host
@@ -73,6 +75,27 @@ def require_recurrent(layer: str, site_id: str, host: nn.Module) -> None:
     known = known and all(name in host._parameters for name in names)
     expected = "an nn.LSTM, nn.GRU or nn.RNN that runs torch's own forward on plain parameters"
     require_host(known, layer, site_id, expected, host)
+
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def compiled_as_recurrent(forward: Forward) -> Forward:
+    """Have torch.compile leave a stand-in's forward as it is, unless `torch._dynamo.config.allow_rnn` is set.
+
+    It does so with recurrent layers themselves. Unrolled, a loop over the steps takes minutes to compile.
+    """
+    apart = _disable_dynamo(forward)
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (forward if _compiles() else apart)(*args, **kwargs)
+
+    return cast(Forward, run)
+
+
+def _compiles() -> bool:
+    return bool(torch._dynamo.config.allow_rnn) if torch.compiler.is_compiling() else False
 
 
 # ---- a whole call ----

@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, check_count, check_rate, require
 from dropsurgery.regularizers._hosts import filled, run_with
-from dropsurgery.regularizers._recurrent import GATES, Noise, recur, require_recurrent, scaled
+from dropsurgery.regularizers._recurrent import GATES, Noise, compiled_as_recurrent, recur, require_recurrent, scaled
 from dropsurgery.regularizers._uniform import scale_of, uniform
 
 Mask = Literal["sample", "batch"]
@@ -270,6 +270,7 @@ class VariationalDropout(Regularizer):
         if self.mask_group == "image":
             self._rows_of_an_image()
 
+    @compiled_as_recurrent
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Return what the layer gives with masks in it; its own forward's result when not active."""
         if not self.active:
