@@ -168,7 +168,10 @@ def _given(host: nn.RNNBase, states: tuple[Tensor, ...]) -> Any:
 
 
 def _closed(host: nn.RNNBase, sequence: _Sequence, x: Tensor, last: tuple[Tensor, ...]) -> Any:
-    """The output and the last states, in the form that the input had."""
+    """The output and the last states, in the form that the input had, and in the dtype of torch's own kernel."""
+    lower = _lowered(host, sequence.rows)
+    if lower is not None:
+        x, last = x.to(lower), tuple(each.to(lower) for each in last)
     packed = sequence.packed
     if packed is not None:
         if packed.unsorted_indices is not None:
@@ -181,6 +184,15 @@ def _closed(host: nn.RNNBase, sequence: _Sequence, x: Tensor, last: tuple[Tensor
         output = output.squeeze(0 if host.batch_first else 1)
         last = tuple(each.squeeze(1) for each in last)
     return output, _given(host, last)
+
+
+def _lowered(host: nn.RNNBase, x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a fused kernel's results; None where there is none, and each operation decides."""
+    kind = x.device.type
+    fused = kind == "cuda" or (kind == "cpu" and host.mode == "LSTM" and not host.proj_size)
+    if not fused or x.dtype != torch.float32 or 0 in x.shape or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 # ---- layers and directions ----
@@ -298,28 +310,39 @@ class _Loop:
 
     # -- steps --
 
+    def _activated(self, gates: Tensor) -> tuple[Tensor, ...]:
+        """The four gates of an LSTM after their activations, two of them at once."""
+        if self.by_gate:
+            i, f = gates[:2].sigmoid().unbind()
+            return i, f, gates[2].tanh(), gates[3].sigmoid()
+        cells = self.part.cells
+        both, g, o = torch.split(gates, [2 * cells, cells, cells], -1)
+        i, f = both.sigmoid().chunk(2, -1)
+        return i, f, g.tanh(), o.sigmoid()
+
     def _lstm(self, projected: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         h, c = states
         gates = self._gates(projected, h)
-        i, f, g, o = gates.unbind() if self.by_gate else gates.chunk(4, -1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
+        i, f, g, o = self._activated(gates)
+        c = torch.addcmul(f * c, i, g)
+        h = o * c.tanh()
         return h if self.w_hr is None else F.linear(h, self.w_hr), c
 
     def _gru(self, projected: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (h,) = states
-        noisy = self._noisy(h)
+        noisy, cells = self._noisy(h), self.part.cells
         if self.by_gate:
             zero = 0 if self.b_hh is None else self.b_hh.view(3, 1, -1)
-            r, z, n = (torch.bmm(noisy, self.w_step) + zero).unbind()
-            x_r, x_z, x_n = projected.unbind()
+            y = torch.bmm(noisy, self.w_step) + zero
+            r, z = (projected[:2] + y[:2]).sigmoid().unbind()
+            n, x_n = y[2], projected[2]
         else:
             y = torch.mm(noisy, self.w_step) if self.b_hh is None else torch.addmm(self.b_hh, noisy, self.w_step)
-            r, z, n = y.chunk(3, -1)
-            x_r, x_z, x_n = projected.chunk(3, -1)
-        r, z = (x_r + r).sigmoid(), (x_z + z).sigmoid()
-        n = (x_n + r * n).tanh()
-        return (n + z * (h - n),)
+            y, n = torch.split(y, [2 * cells, cells], -1)
+            projected, x_n = torch.split(projected, [2 * cells, cells], -1)
+            r, z = (projected + y).sigmoid().chunk(2, -1)
+        n = torch.addcmul(x_n, r, n).tanh()
+        return (torch.addcmul(n, z, h - n),)
 
     def _tanh(self, projected: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self._gates(projected, states[0]).view(-1, self.part.cells).tanh(),)
