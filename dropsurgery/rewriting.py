@@ -164,12 +164,13 @@ def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | No
 def _inputs_of(captured: Captured, module: nn.Module) -> Iterator[Inputs]:
     """What a leaf is called with on the example, call by call."""
     for node in captured.view.graph.nodes:
-        if node.meta.get("module") is module and "level_node" in node.meta:
+        if node.meta.get("module") is module:
+            if "level_node" not in node.meta:  # called by a forward that stays opaque
+                yield node.meta["inputs"]
+                continue
             level_node: fx.Node = node.meta["level_node"]
             call = (level_node.args, level_node.kwargs)
             yield map_tree(call, lambda item: item.meta["value"] if isinstance(item, fx.Node) else item)
-    for opaque in captured.view.opaque:  # whose forward calls it itself
-        yield from (part.inputs for part in opaque.components if part.call.module is module)
 
 
 def strip(gm: nn.Module) -> nn.Module:

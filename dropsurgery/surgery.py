@@ -234,8 +234,9 @@ class Surgery:
         shapes: dict[str, tuple[tuple[int, ...], torch.device]] = {}
 
         def noting(site: str) -> Any:
-            def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                shapes[site] = (tuple(args[0].shape), args[0].device)
+            def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+                given = args[0] if isinstance(args[0], torch.Tensor) else args[0].data  # of a PackedSequence
+                shapes[site] = (tuple(given.shape), given.device)
 
             return note
 

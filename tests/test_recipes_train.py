@@ -75,6 +75,25 @@ def detector(norm: type[nn.Module]) -> Callable[[], Case]:
     return make
 
 
+class Reader(nn.Module):
+    """A GRU on rows of numbers, read from both sides, and a classifier on its last states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(6, 8, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, last = self.gru(x)
+        return self.head(torch.cat([last[-2], last[-1]], 1))
+
+
+def reader() -> Case:
+    """A small recurrent net that no library has."""
+    rows = torch.randn(3, 7, 6)
+    return Case(Reader(), (rows,), (rows,))
+
+
 _CONVNEXT: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": WIDTHS}
 _SWIN: dict[str, Any] = {
     "img_size": 64,
@@ -141,12 +160,14 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "stochastic_depth_row": [classifier("convnext_tiny", **_CONVNEXT)],
     "stochastic_pooling_vgg": [_VGG],
     "unet_heavy": [segmenter("Unet", **_UNET), segmenter("MAnet", **_UNET)],
-    "variational_dropout_lstm": [_SEQUENCER],
+    "variational_dropout_lstm": [_SEQUENCER, reader],
     "variational_dropout_sequencer": [_SEQUENCER],
     "vit_heavy": [classifier("vit_tiny_patch16_224", **_VIT)],
-    "weight_drop_lstm": [_SEQUENCER],
+    "weight_drop_lstm": [_SEQUENCER, reader],
     "weighted_channel_dropout_resnet": [_RESNET],
     "weighted_channel_dropout_vgg": [_VGG],
+    "zoneout_gru": [_SEQUENCER, reader],
+    "zoneout_lstm": [_SEQUENCER, reader],
 }
 SELDOM = {"focused_dropout_resnet": 1.0}  # what acts on few batches is looked at at this rate
 RUNS = [

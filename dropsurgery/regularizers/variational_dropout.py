@@ -243,6 +243,11 @@ class VariationalDropout(Regularizer):
         # Flags of their own, as `_nonzero` is: what is not dropped need not be drawn.
         self._drawn = {name: value > 0 for name, value in self._rates.items()}
 
+    @property
+    def p(self) -> Tensor:
+        """The largest of its rates, as the plan has it."""
+        return torch.maximum(torch.maximum(self.p_input, self.p_hidden), self.p_output)
+
     @staticmethod
     def example_host() -> nn.Module:
         """Return a small layer for tests."""
