@@ -16,7 +16,7 @@ from dropsurgery.context import Context
 from dropsurgery.errors import PlanError, SurgeryError
 from dropsurgery.planning import Plan, Sites
 from dropsurgery.recipe import Recipe, load_recipe
-from dropsurgery.records import Edit, Site
+from dropsurgery.records import Edit, Site, TensorFact
 from dropsurgery.rewriting import rewrite
 from dropsurgery.schedules import needs_total_steps
 from dropsurgery.surgery import Surgery
@@ -146,8 +146,9 @@ def build(edit: Edit) -> nn.Module:
     try:
         made = catalogue.load("regularizers", edit.regularizer)(**edit.arguments)
         made.producer = site.producer
-        if made.asks_behind and site.at is not None:
+        if getattr(made, "asks_behind", False) and site.at is not None:
             made.behind = behind(site.at)
+        made.images = _images(site)
         made.build(channel_axis=site.channel_axis, channels=site.channels, shape=site.shape, site_id=site.id)
         if edit.kind == "swap" and site.at is not None:
             made.bind(site.at.node.meta["module"])
@@ -155,3 +156,11 @@ def build(edit: Edit) -> nn.Module:
         raise PlanError(f"entry '{edit.entry}' at {site.id} (shape {list(site.shape)}): {error}") from error
     module: nn.Module = made
     return module
+
+
+def _images(site: Site) -> int | None:
+    """The batch of the model's example, which is that of its first tensor; None where it takes none."""
+    nodes = site.at.node.graph.find_nodes(op="placeholder") if site.at is not None else ()
+    values = (node.meta.get("value") for node in nodes if node.meta.get("component") is None)
+    shape = next((value.shape for value in values if isinstance(value, TensorFact) and value.shape), (None,))
+    return shape[0]

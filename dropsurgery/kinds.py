@@ -40,6 +40,7 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
     ((nn.Linear,), ("linear",)),
     ((nn.RNNBase,), ("rnn",)),
     ((nn.RNNCellBase,), ("rnn_cell",)),
+    ((nn.Embedding,), ("embedding",)),
     ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), ("pool", "adaptive_pool")),
     ((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("pool", "adaptive_pool")),
     ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), ("pool", "max_pool")),
@@ -67,6 +68,7 @@ _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("norm", "instance_norm"): ("instance_norm",),
     ("norm", "rms_norm"): ("rms_norm",),
     ("linear",): ("linear",),
+    ("embedding",): ("embedding",),
     ("pool", "adaptive_pool"): tuple(f"adaptive_{how}_pool{n}d" for how in ("avg", "max") for n in (1, 2, 3)),
     ("pool", "max_pool"): ("max_pool1d", "max_pool2d", "max_pool3d"),
     ("pool", "avg_pool"): ("avg_pool1d", "avg_pool2d", "avg_pool3d"),
@@ -220,7 +222,7 @@ def mixes(node: fx.Node) -> bool:
     if kind is None and node.op == "call_module":
         module = node.meta.get("module")
         return module is None or next(module.parameters(), None) is not None
-    return kind in ("conv", "conv_transpose", "linear", "rnn", "rnn_cell", "matmul", "attention")
+    return kind in ("conv", "conv_transpose", "linear", "rnn", "rnn_cell", "embedding", "matmul", "attention")
 
 
 def positions(node: fx.Node) -> int | None:

@@ -21,8 +21,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from dropsurgery import SurgeryWarning, apply_recipe, get_regularizer, strip
-from dropsurgery.planning import rates_of
+from dropsurgery import SurgeryWarning, apply_recipe, strip
 from dropsurgery.recipe import bundled
 
 STEPS = 3
@@ -106,9 +105,9 @@ _SWIN: dict[str, Any] = {
 }
 _UNET: dict[str, Any] = {"decoder_channels": (32, 16, 16, 8, 8)}
 _VIT: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
-_SEQUENCER = classifier("sequencer2d_s", 32, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32))
 _RESNET = classifier("resnet26", channels=WIDTHS, layers=(1, 1, 1, 1))
 _NASNET = classifier("nasnetalarge", stem_size=8, num_features=96)
+_SEQUENCER = classifier("sequencer2d_s", 32, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32))
 _VGG = classifier("vgg11_bn", mlp_ratio=0.02)
 CASES: dict[str, list[Callable[[], Case]]] = {
     "adl_resnet": [_RESNET],
@@ -171,6 +170,8 @@ CASES: dict[str, list[Callable[[], Case]]] = {
         classifier("swin_tiny_patch4_window7_224", **_SWIN | {"num_heads": (2, 2, 4, 4)}),
     ],
     "unet_heavy": [segmenter("Unet", **_UNET), segmenter("MAnet", **_UNET)],
+    "variational_dropout_lstm": [_SEQUENCER, reader],
+    "variational_dropout_sequencer": [_SEQUENCER],
     "vit_heavy": [classifier("vit_tiny_patch16_224", **_VIT)],
     "weight_drop_lstm": [_SEQUENCER, reader],
     "weighted_channel_dropout_resnet": [_RESNET],
@@ -226,17 +227,31 @@ def tensors(output: Any) -> Iterator[Tensor]:
         yield from tensors(list(output.values()))
 
 
+def targets(edit: Any) -> dict[str, float]:
+    """The rates that an edit comes to: its p, or where it has several, each `p_*`."""
+    several = {name: value for name, value in edit.arguments.items() if name.startswith("p_")}
+    return several if several and "p" not in edit.arguments else {"p": edit.p}
+
+
 def rates(gm: Any) -> dict[str, float]:
-    """The current rate of each regularizer, the largest of several."""
-    return {site: float(regularizer.p) for site, regularizer in gm.surgery.regularizers.items()}
+    """The current rates of each regularizer."""
+    layers = gm.surgery.regularizers
+    return {
+        f"{edit.site.id} {name}": float(getattr(layers[edit.site.id], name))
+        for edit in gm.surgery.plan.edits
+        for name in targets(edit)
+    }
 
 
 def expected_rates(gm: Any, progress: float) -> dict[str, float]:
     """What the recipe's schedules ask for; the bundled recipes have constant ones, and linear ones from the start."""
-    schedules = {edit.site.id: (edit.p, edit.schedule) for edit in gm.surgery.plan.edits}
     factors = {"linear": lambda end: min(progress / end, 1.0), "constant": lambda end: 1.0}
-    assert all(schedule.begin == 0 for _, schedule in schedules.values())
-    return {site: p * factors[schedule.kind](schedule.end) for site, (p, schedule) in schedules.items()}
+    assert all(edit.schedule.begin == 0 for edit in gm.surgery.plan.edits)
+    return {
+        f"{edit.site.id} {name}": p * factors[edit.schedule.kind](edit.schedule.end)
+        for edit in gm.surgery.plan.edits
+        for name, p in targets(edit).items()
+    }
 
 
 def told(gm: Any, batch: tuple[Any, ...]) -> AbstractContextManager[None]:
@@ -251,8 +266,8 @@ def told(gm: Any, batch: tuple[Any, ...]) -> AbstractContextManager[None]:
 def ramped(gm: Any) -> None:
     """Let ramps that are longer than this training be over, so that their noise is heard."""
     for edit in gm.surgery.plan.edits:
-        for name, rate in rates_of(get_regularizer(edit.regularizer), edit.arguments).items():
-            gm.surgery.regularizers[edit.site.id].set_rate(name, rate)
+        for name, p in targets(edit).items():
+            gm.surgery.regularizers[edit.site.id].set_rate(name, p)
 
 
 def train(gm: Any, batch: tuple[Any, ...]) -> None:

@@ -84,6 +84,7 @@ class Regularizer(nn.Module):
         producer: kinds of the operation that its input comes from, such as ("activation", "relu"); set before `build`.
         asks_behind: whether it has to know what its output goes to.
         behind: what its output goes to, set before `build`; None where it did not ask, and alone.
+        images: the batch of the model's example input, where it is known; set before `build`.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
         uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
         by_values: whether how much is dropped hangs on the values, so that `realised_drop` has to count it on them.
@@ -118,6 +119,7 @@ class Regularizer(nn.Module):
     channel_axis: int = 1
     producer: tuple[str, ...] = ()
     behind: Behind | None = None
+    images: int | None = None
     site_id: str = ""
     context: Keys | None = None
     forced: bool = False

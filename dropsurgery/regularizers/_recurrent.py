@@ -14,13 +14,15 @@ get fewer, and the reverse direction starts with few.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports dynamo at once
 from torch.nn.utils.rnn import PackedSequence
 
 from dropsurgery.regularizers._hosts import own_class, require_host
@@ -73,6 +75,27 @@ def require_recurrent(layer: str, site_id: str, host: nn.Module) -> None:
     known = known and all(name in host._parameters for name in names)
     expected = "an nn.LSTM, nn.GRU or nn.RNN that runs torch's own forward on plain parameters"
     require_host(known, layer, site_id, expected, host)
+
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def compiled_as_recurrent(forward: Forward) -> Forward:
+    """Have torch.compile leave a stand-in's forward as it is, unless `torch._dynamo.config.allow_rnn` is set.
+
+    It does so with recurrent layers themselves. Unrolled, a loop over the steps takes minutes to compile.
+    """
+    apart = _disable_dynamo(forward)
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (forward if _compiles() else apart)(*args, **kwargs)
+
+    return cast(Forward, run)
+
+
+def _compiles() -> bool:
+    return bool(torch._dynamo.config.allow_rnn) if torch.compiler.is_compiling() else False
 
 
 # ---- a whole call ----
@@ -287,28 +310,39 @@ class _Loop:
 
     # -- steps --
 
+    def _activated(self, gates: Tensor) -> tuple[Tensor, ...]:
+        """The four gates of an LSTM after their activations, two of them at once."""
+        if self.by_gate:
+            i, f = gates[:2].sigmoid().unbind()
+            return i, f, gates[2].tanh(), gates[3].sigmoid()
+        cells = self.part.cells
+        both, g, o = torch.split(gates, [2 * cells, cells, cells], -1)
+        i, f = both.sigmoid().chunk(2, -1)
+        return i, f, g.tanh(), o.sigmoid()
+
     def _lstm(self, projected: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         h, c = states
         gates = self._gates(projected, h)
-        i, f, g, o = gates.unbind() if self.by_gate else gates.chunk(4, -1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
+        i, f, g, o = self._activated(gates)
+        c = torch.addcmul(f * c, i, g)
+        h = o * c.tanh()
         return h if self.w_hr is None else F.linear(h, self.w_hr), c
 
     def _gru(self, projected: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (h,) = states
-        noisy = self._noisy(h)
+        noisy, cells = self._noisy(h), self.part.cells
         if self.by_gate:
             zero = 0 if self.b_hh is None else self.b_hh.view(3, 1, -1)
-            r, z, n = (torch.bmm(noisy, self.w_step) + zero).unbind()
-            x_r, x_z, x_n = projected.unbind()
+            y = torch.bmm(noisy, self.w_step) + zero
+            r, z = (projected[:2] + y[:2]).sigmoid().unbind()
+            n, x_n = y[2], projected[2]
         else:
             y = torch.mm(noisy, self.w_step) if self.b_hh is None else torch.addmm(self.b_hh, noisy, self.w_step)
-            r, z, n = y.chunk(3, -1)
-            x_r, x_z, x_n = projected.chunk(3, -1)
-        r, z = (x_r + r).sigmoid(), (x_z + z).sigmoid()
-        n = (x_n + r * n).tanh()
-        return (n + z * (h - n),)
+            y, n = torch.split(y, [2 * cells, cells], -1)
+            projected, x_n = torch.split(projected, [2 * cells, cells], -1)
+            r, z = (projected + y).sigmoid().chunk(2, -1)
+        n = torch.addcmul(x_n, r, n).tanh()
+        return (torch.addcmul(n, z, h - n),)
 
     def _tanh(self, projected: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self._gates(projected, states[0]).view(-1, self.part.cells).tanh(),)

@@ -176,6 +176,13 @@ def _recurrent(net: nn.Module, x: Tensor) -> Tensor:
     return net.cell(last.squeeze(0))
 
 
+def _words(net: nn.Module, x: Tensor) -> Tensor:
+    """Two of the input's words, by layer and by function; that of the positions does not hang on the input."""
+    words = x.argmax(-1)
+    places = net.places(torch.arange(x.shape[1]))
+    return net.head(net.words(words) + F.embedding(words, net.table) + places)
+
+
 def _unrolled(net: nn.Module, x: Tensor) -> Tensor:
     """A cell, step by step."""
     state = None
@@ -272,6 +279,12 @@ def _recurrent_net() -> nn.Module:
     )
 
 
+def _words_net() -> nn.Module:
+    net = Net(_words, words=nn.Embedding(16, 8), places=nn.Embedding(16, 8), head=nn.Linear(8, 16))
+    net.table = nn.Parameter(torch.randn(16, 8))
+    return net
+
+
 def _mlp_mix() -> nn.Module:
     """A GLU layer; then a depthwise convolution over the tokens before the activation, as in PVT v2."""
     glu = nn.Sequential(nn.Linear(16, 32), nn.GLU(), nn.Linear(16, 16))
@@ -315,6 +328,7 @@ NETS: dict[str, ZooModel] = {
     "gates": ZooModel(_gates_net, _IMAGE),
     "pools": _images(_pools, conv=_conv(3, 8, 3), head=partial(nn.Linear, 8, 4)),
     "recurrent": ZooModel(_recurrent_net, _TOKENS),
+    "words": ZooModel(_words_net, _TOKENS),
     "unrolled": ZooModel(lambda: Net(_unrolled, cell=nn.LSTMCell(16, 8), head=nn.Linear(8, 4)), _TOKENS),
     "resizes": _images(
         _resizes,
