@@ -249,6 +249,28 @@ class Within(Net):
 
 
 # -- where it is stopped ---------------------------------------------------------------------------------------------
+class Telling(Pair):
+    """A pair of layers that also gives what lies between."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = self.act(self.a(x))
+        return self.b(x), x
+
+
+class Outwards(Within):
+    """A forward that stays Python and takes what is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Telling()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            x = x * 2
+        x, between = self.pair(x)
+        return self.last(x) * between.mean()
+
+
 class Branched(Net):
     """The masked tensor is added to one that nobody masks, which another layer reads as well."""
 
