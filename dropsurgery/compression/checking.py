@@ -137,8 +137,7 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 def numbers(inputs: Inputs, model: nn.Module) -> Inputs:
     """Example arguments with numbers in them: the user's own where they are any, else noise of the same shape."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = dtype_of(model)
+    device, dtype = device_of(model), dtype_of(model)
     generator = torch.Generator().manual_seed(0)
 
     def made(item: Any) -> Any:
@@ -158,6 +157,11 @@ def numbers(inputs: Inputs, model: nn.Module) -> Inputs:
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype that a model computes in: that of its first weight."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: where its first weight is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _is_float(item: Any) -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from dropsurgery.capture import Captured, Inputs, record
 from dropsurgery.capture.facts import annotate
 from dropsurgery.capture.inputs import resolve_inputs
+from dropsurgery.capture.levels import map_tree
 from dropsurgery.capture.view import flat_view
 from dropsurgery.compression.carrying import carried_out, set_attributes
-from dropsurgery.compression.checking import agreeing
+from dropsurgery.compression.checking import agreeing, device_of, dtype_of
 from dropsurgery.compression.literals import Literals, literals
 from dropsurgery.compression.picks import Slices, slices
 from dropsurgery.compression.spreading import Blocked, Flow, Mark, spread
@@ -45,7 +47,7 @@ def compress(gm: nn.Module, widths: Widths, example_inputs: Any = None) -> nn.Mo
     """
     kept = resolve_widths(gm, widths)
     model = strip(gm)
-    inputs = example_of(gm) if example_inputs is None else resolve_inputs(model, example_inputs)[0]
+    inputs = _known(gm) if example_inputs is None else resolve_inputs(model, example_inputs)[0]
     captured = _captured(model, inputs)
     marks = _marks(gm, captured, kept)
     flow = Flow(captured.view)
@@ -58,6 +60,20 @@ def compress(gm: nn.Module, widths: Widths, example_inputs: Any = None) -> nn.Mo
     finally:
         captured.view.release()
     return agreeing(gm, _attempts(model, todo, written), kept, inputs)
+
+
+def _known(gm: nn.Module) -> Inputs:
+    """The example that the model was rewritten with, where the model is now and in its dtype; without numbers."""
+    device, dtype = device_of(gm), dtype_of(gm)
+
+    def placed(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        number = torch.zeros((), dtype=dtype if item.is_floating_point() else item.dtype, device=device)
+        return number.expand(item.shape)
+
+    inputs: Inputs = map_tree(example_of(gm), placed)
+    return inputs
 
 
 def _captured(model: nn.Module, inputs: Inputs) -> Captured:

@@ -60,9 +60,10 @@ def layer_of(node: fx.Node) -> Layer | None:
     kind = kind_of(node)
     if kind not in LAYERS or node.meta.get("opaque"):
         return None
-    before, after = shape_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None, shape_of(node)
+    source = node.args[0] if node.args else None
+    before, after = shape_of(source) if isinstance(source, fx.Node) else None, shape_of(node)
     if before is None or after is None:
-        raise Stuck("takes or gives what is no single tensor")
+        raise Stuck("takes or gives what is no single tensor, or takes it by name")
     if kind == "linear":
         return Layer(node, len(before) - 1, len(after) - 1, 0, 1)
     return _convolution(node, before, after, transposed=kind == "conv_transpose")

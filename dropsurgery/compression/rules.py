@@ -5,6 +5,7 @@ An operation that has no rule here stops every cut: nothing is guessed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ _AUGMENTED = {"isub": "sub", "itruediv": "truediv", "ipow": "pow"}
 _LOOKS_AT_SHAPES = frozenset(f"new_{what}" for what in ("zeros", "ones", "full", "empty", "tensor"))
 
 
-# -- one rule a family -------------------------------------------------------------------------------------------------
+# -- one rule a family ------------------------------------------------------------------------------------------------
 def _never(node: fx.Node, reason: str) -> Iterator[Operand]:
     for position, source in positions_of(node):
         yield Operand(position, source, Never(reason))
@@ -158,15 +159,16 @@ def _layout(node: fx.Node) -> Rule:
 
 
 def _laid_out(before: Shape, after: Shape) -> Relation:
-    same = _count(before) == _count(after)
-    return Aligned(before, after) if before == after or not same else Regrouped(before, after)
+    regroups = before != after and math.prod(before) == math.prod(after)
+    return Regrouped(before, after) if regroups else Aligned(before, after)
 
 
-def _count(shape: Shape) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _axes(given: Any, rank: int) -> list[int]:
+    """One axis, or several, counted from the first."""
+    axes = list(given) if isinstance(given, (list, tuple, range)) else [given]
+    if not all(isinstance(axis, int) for axis in axes):
+        raise Stuck("goes by axes that are not written as numbers")
+    return [axis % rank for axis in axes]
 
 
 def _permuted(node: fx.Node) -> Rule:
@@ -181,8 +183,7 @@ def _permuted(node: fx.Node) -> Rule:
         order[first], order[second] = order[second], order[first]
     elif name == "permute":
         given: Any = argument(node, "dims", 1)
-        given = given if isinstance(given, (list, tuple)) else node.args[1:]
-        order = [int(axis) % rank for axis in given]
+        order = _axes(given if isinstance(given, (list, tuple)) else node.args[1:], rank)
     else:
         raise Stuck("moves axes in a way that has no rule")
     moves = {source_axis: axis for axis, source_axis in enumerate(order)}
@@ -204,8 +205,7 @@ def _leading(effect: str, reason: str) -> Callable[[fx.Node], Rule]:
 def _rolled(node: fx.Node) -> Rule:
     dims: Any = argument(node, "dims", 2 if name_of(node) == "roll" else 1)
     rank = len(_shapes(tensor_inputs(node)[0], node)[0])
-    dims = dims if isinstance(dims, (list, tuple)) else [dims]
-    moved = {int(axis) % rank for axis in dims if isinstance(axis, int)} if None not in dims else set(range(rank))
+    moved = _axes(range(rank) if dims is None else dims, rank)
     moves = {axis: axis for axis in range(rank) if axis not in moved}
     return _first_only(node, lambda *_: Axes(moves, "moves positions on the axis that is cut"), "carried")
 
@@ -227,22 +227,21 @@ def _norm(node: fx.Node) -> Rule:
         raise Stuck(f"is a {name} written as a function")
     if kinds[-1].startswith(("batch_norm", "instance_norm")):
         return _leading("shifted", f"is a {name} over the axis that is cut")(node)
-    if kinds[-1].startswith(("layer_norm", "rms_norm")):
-        shape = getattr(node.meta["module"], "normalized_shape", None)
-        source = tensor_inputs(node)[0]
-        rank = len(_shapes(source, node)[0])
-        free = rank - len(shape) if isinstance(shape, tuple) else 0
-        if _channels_last(node, rank, shape):
-            free = 0
-        reason = f"is a {name} over what is cut: its mean and variance are those of all channels"
-        return _first_only(node, lambda *_: Axes(same_axes(free), reason), "stirred")
-    reason = f"is a {name}, whose groups of channels would be others"
-    return _first_only(node, lambda *_: Axes({0: 0}, reason), "stirred")
+    if not kinds[-1].startswith(("layer_norm", "rms_norm")):
+        reason = f"is a {name}, whose groups of channels would be others"
+        return _first_only(node, lambda *_: Axes({0: 0}, reason), "stirred")
+    shape: Any = getattr(node.meta["module"], "normalized_shape", None)
+    rank = len(_shapes(tensor_inputs(node)[0], node)[0])
+    free = 0 if _elsewhere(node, rank, shape) else rank - len(shape)
+    reason = f"is a {name} over what is cut: its mean and variance are those of all channels"
+    return _first_only(node, lambda *_: Axes(same_axes(free), reason), "stirred")
 
 
-def _channels_last(node: fx.Node, rank: int, shape: Any) -> bool:
-    """Whether a layer norm works on another axis than the last, as one of its subclasses may."""
+def _elsewhere(node: fx.Node, rank: int, shape: Any) -> bool:
+    """Whether a layer norm works on other axes than the last ones, as some of its subclasses do."""
     after = shape_of(node)
+    if "2d" in name_of(node).lower():
+        return True
     return after is None or not isinstance(shape, tuple) or after[rank - len(shape) :] != tuple(shape)
 
 
@@ -250,10 +249,9 @@ def _reduction(node: fx.Node) -> Rule:
     source = tensor_inputs(node)[0]
     before, after = _shapes(source, node)
     dims: Any = argument(node, "dim", 1)
-    gone = {int(axis) % len(before) for axis in (dims if isinstance(dims, (list, tuple)) else [dims])} if dims else None
-    if isinstance(dims, int):
-        gone = {dims % len(before)}
-    left = [axis for axis in range(len(before)) if gone is not None and axis not in gone]
+    everything = dims is None or dims in ((), [])
+    gone = _axes(range(len(before)) if everything else dims, len(before))
+    left = [axis for axis in range(len(before)) if axis not in gone]
     kept = len(before) == len(after)
     moves = {axis: axis if kept else place for place, axis in enumerate(left)}
     effect = "carried" if kinds_of(node)[-1] in ("mean", "amax") or name_of(node) == "sum" else "stirred"

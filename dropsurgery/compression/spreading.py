@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dropsurgery.capture import Level, Opaque
+from dropsurgery.capture import Level
 from dropsurgery.capture.dataflow import shape_of
 from dropsurgery.capture.view import FlatView
 from dropsurgery.compression.relations import Cut, Stuck
@@ -98,7 +98,7 @@ def _escaping(view: FlatView) -> set[fx.Node]:
 
 def _results(call: object) -> set[fx.Node]:
     """The nodes of recorded levels that give what a call gives."""
-    if not isinstance(call, Level) or isinstance(call, Opaque):
+    if not isinstance(call, Level):
         return set()
     found: set[fx.Node] = set()
     for node in call.graph.output_node().all_input_nodes:

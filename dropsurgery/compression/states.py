@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from dropsurgery.capture.levels import map_tree
 from dropsurgery.compression.layers import Layer, layer_of
-from dropsurgery.compression.relations import Cut
+from dropsurgery.compression.relations import Cut, Stuck
 from dropsurgery.compression.rules import Operand, Position, positions_of
 from dropsurgery.compression.spreading import Blocked, Flow, Mark, Spread
 from dropsurgery.kinds import kind_of
@@ -92,6 +92,12 @@ class _Walk:
         return self.states
 
     def _visit(self, node: fx.Node) -> None:
+        try:
+            self._step(node)
+        except Stuck as stuck:
+            raise Blocked(node, str(stuck), self.cuts.sites[node]) from None
+
+    def _step(self, node: fx.Node) -> None:
         rule = self.flow.rule(node, self.cuts.sites[node])
         taken = [(operand, self._seen(node, operand)) for operand in rule.operands]
         for operand, _ in taken:
@@ -361,8 +367,7 @@ def _fold_back(flow: Flow, mark: Mark, rows: dict[fx.Node, Tensor]) -> None:
             continue
         done.add(node)
         rule = flow.rule(node, frozenset({mark.site}))
-        affine = kind_of(node) == "norm" and getattr(node.meta.get("module"), "weight", None) is not None
-        if rule.effect == "layer" or (rule.effect == "shifted" and affine):
+        if _takes_factors(node, rule.effect, cut):
             rows[node] = rows.get(node, torch.ones(len(cut.table), dtype=torch.float64)) * cut.table[:, 1]
             continue
         if rule.effect not in ("carried", "multiplied", "alike", "joined") or not rule.operands:
@@ -376,6 +381,15 @@ def _fold_back(flow: Flow, mark: Mark, rows: dict[fx.Node, Tensor]) -> None:
             above = operand.relation.up(cut)
             if above is not None:
                 waiting.append((operand.source, above))
+
+
+def _takes_factors(node: fx.Node, effect: str, cut: Cut) -> bool:
+    """Whether factors of what a node gives can be multiplied into its weights."""
+    layer = layer_of(node)
+    if layer is not None:
+        return cut.axis == layer.out_axis
+    affine = getattr(node.meta.get("module"), "weight", None) is not None
+    return effect == "shifted" and kind_of(node) == "norm" and affine  # not one that holds its activation
 
 
 def marked_edges(graph: fx.Graph, edge: Edge) -> tuple[Edge, ...]:

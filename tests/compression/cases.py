@@ -216,7 +216,61 @@ class Fixed(Heads):
         return self.head((x + self.proj(self.n(y))).mean(1))
 
 
+class Pair(Net):
+    """Two layers with an activation between."""
+
+    def __init__(self) -> None:
+        super().__init__(a=nn.Linear(6, 12), act=nn.Tanh(), b=nn.Linear(12, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.act(self.a(x)))
+
+
+class Shared(Net):
+    """One pair of layers, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__(pair=Pair(), last=nn.Linear(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.pair(torch.relu(self.pair(x))))
+
+
+class Within(Net):
+    """A forward that goes by its data, and calls a pair of layers."""
+
+    def __init__(self) -> None:
+        super().__init__(pair=Pair(), last=nn.Linear(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            x = x * 2
+        return self.last(self.pair(x))
+
+
 # -- where it is stopped ---------------------------------------------------------------------------------------------
+class Telling(Pair):
+    """A pair of layers that also gives what lies between."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = self.act(self.a(x))
+        return self.b(x), x
+
+
+class Outwards(Within):
+    """A forward that stays Python and takes what is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Telling()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            x = x * 2
+        x, between = self.pair(x)
+        return self.last(x) * between.mean()
+
+
 class Branched(Net):
     """The masked tensor is added to one that nobody masks, which another layer reads as well."""
 

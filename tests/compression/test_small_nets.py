@@ -21,12 +21,15 @@ from cases import (
     Multilayer,
     Opaque,
     Output,
+    Outwards,
+    Shared,
     Shuffled,
     Sorted,
     Summed,
     Tied,
     Twice,
     Viewed,
+    Within,
     at,
     operated,
 )
@@ -121,6 +124,8 @@ GOES_ON = {
     "into the rows": (Multilayer(nn.GELU(), nn.Identity()), [at("a", "linear")], ROW, 5, {"a.weight": (5, 6)}),
     "no factor": (Multilayer(nn.GELU()), [at("n", "any_norm", normalize=False)], ROW, 5, {"n.bias": (5,)}),
     "heads": (Heads(), [HEADS], TOKENS, 3, {"qkv.weight": (36, 6), "proj.weight": (6, 12)}),
+    "called twice": (Shared(), [at("pair.act")], ROW, 5, {"pair.a.weight": (5, 6), "pair.b.weight": (6, 5)}),
+    "within a part that stays Python": (Within(), [at("pair.act")], ROW, 5, {"pair.b.weight": (6, 5)}),
     "heads of another size": (Heads(4, 2), [HEADS], TOKENS, 1, {"qkv.bias": (6,)}),
 }
 
@@ -182,6 +187,7 @@ STOPPED = {
     "called twice": (Twice(), [at("act")], ROW, 3, ["'a'", "several times", "one of them only"]),
     "result": (Output(), [at("act")], IMAGE, 3, ["the result of the net"]),
     "opaque": (Opaque(), [at("act")], IMAGE, 3, ["'part'", "stays Python"]),
+    "into a part that stays Python": (Outwards(), [at("pair.act")], ROW, 4, ["'pair.act'", "stays Python"]),
     "pixel shuffle": (Shuffled(), [at("act")], IMAGE, 4, ["'shuffle'", "makes positions of channels"]),
     "no rule": (Sorted(), [at("act")], ROW, 4, ["cumsum", "not known"]),
     "split into written sizes": (GatedUnit(), [at("a", "linear")], ROW, 12, ["split", "written in its code"]),
