@@ -384,7 +384,7 @@ class NSDropout(Regularizer):
         masks, masked = self.masks.to(x.device), self.masked.to(x.device)
         if labels is not None:
             _warn_of_leak(self.where)
-            return torch.where(masks[labels].view(x.shape), x, 0)
+            return x * masks[labels].view(x.shape)
         if self.policy == "intersection":
             factor = masks.logical_or(masked.logical_not()[:, None]).all(0).to(x.dtype)
         else:
@@ -474,9 +474,8 @@ def _check_units(x: Tensor, known: Tensor, where: str) -> None:
 
 def _times(x: Tensor, kept: Tensor, p: Tensor) -> Tensor:
     """`x` over 1 - p where it is kept, 0 elsewhere; for backward a byte an element is held."""
-    most = min(torch.finfo(x.dtype).max, torch.finfo(p.dtype).max)
-    scale = scale_of(p).clamp(max=most)  # at p = 1, where it only has to be finite
-    return torch.where(kept, x * scale.to(x.dtype), 0)
+    scale = torch.where(p < 1, (1 - p).reciprocal(), 1.0)  # at p = 1 nothing is kept
+    return x * kept * scale.to(x.dtype)
 
 
 def _count(p: Tensor, units: int) -> Tensor:
