@@ -167,6 +167,12 @@ class Scheduler:
             self._advance()
         self._forward_begun = True
 
+    def end_step(self) -> None:
+        """End the step of the last training forward (`clock: forward`), as the next one would: a state is taken."""
+        if self._forward_begun:
+            self._forward_begun = False
+            self._advance()
+
     def notice_forward(self) -> None:
         """Be told of a training forward: warns once where the clock should move and does not."""
         if self.clock == "forward" or self._warned or not _is_training_pass():

@@ -145,7 +145,11 @@ class Surgery:
         self.scheduler.attach(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock and all regularizers' own state, in plain types and tensors; loads with `weights_only=True`."""
+        """The clock and all regularizers' own state, in plain types and tensors; loads with `weights_only=True`.
+
+        With `clock: forward` the step of the last forward ends here, so that all is of the same step.
+        """
+        self.scheduler.end_step()
         states = {site: regularizer.state() for site, regularizer in self.regularizers.items()}
         return {
             "version": _STATE_VERSION,

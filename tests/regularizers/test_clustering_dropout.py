@@ -606,19 +606,19 @@ class Net(nn.Module):
         return self.head(self.act(self.hidden(x)))
 
 
-def clustered(net: nn.Module, x: Tensor, seed: int | None = None, **arguments: Any) -> Any:
+def clustered(net: nn.Module, x: Tensor, seed: int | None = None, clock: str = "optimizer", **arguments: Any) -> Any:
     schedule = {"kind": "linear", "end": 0.5}
     entry = {"name": "a", "pattern": "classifier", "edge": "module", "insert": "clustering_dropout", "with": arguments}
-    recipe = {"version": 1, "name": "r", "entries": [entry | {"schedule": schedule}]}
+    recipe = {"version": 1, "name": "r", "clock": clock, "entries": [entry | {"schedule": schedule}]}
     return apply_recipe(net, recipe, example_inputs=x, total_steps=12, seed=seed)
 
 
 class Training:
     """A training that can be written to a file and taken up from it, as after a kill."""
 
-    def __init__(self, source: str, seed: int | None) -> None:
+    def __init__(self, source: str, seed: int | None, clock: str) -> None:
         torch.manual_seed(0)
-        self.gm = clustered(Net(), torch.randn(4, 6), seed, source=source, interval=3).train()
+        self.gm = clustered(Net(), torch.randn(4, 6), seed, clock, source=source, interval=3).train()
         self.optimizer = torch.optim.SGD(self.gm.parameters(), 0.1, momentum=0.9)
 
     def run(self, begin: int, end: int) -> None:
@@ -641,11 +641,11 @@ class Training:
         torch.set_rng_state(saved["rng"])
 
 
-@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize(("seed", "clock"), [(None, "optimizer"), (5, "optimizer"), (5, "forward")])
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_training_goes_on_bit_for_bit(source: str, seed: int | None, tmp_path: Path) -> None:
+def test_a_training_goes_on_bit_for_bit(source: str, seed: int | None, clock: str, tmp_path: Path) -> None:
     """And does not without the regularizers' state (the control)."""
-    whole, first, second, control = (Training(source, seed) for _ in range(4))
+    whole, first, second, control = (Training(source, seed, clock) for _ in range(4))
     torch.manual_seed(1)
     whole.run(0, 10)
     torch.manual_seed(1)
