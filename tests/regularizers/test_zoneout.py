@@ -539,6 +539,24 @@ def test_a_cell_keeps_units_at_the_rates() -> None:
     assert torch.equal(h, c)
 
 
+@pytest.mark.parametrize("kind", CELLS_OF)
+def test_cells_in_a_loop_are_compiled_whole(kind: str) -> None:
+    cell, x = CELLS_OF[kind](INPUTS, CELLS), torch.randn(3, 4, INPUTS)
+    layer = bound(cell, *RATES)
+
+    def run(x: Tensor) -> Tensor:
+        state = None
+        for step in x:
+            state = layer(step, state)
+        return tensors(state)[0]
+
+    results = []
+    for how in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        layer.context, layer.site_id = Context(1), "site"
+        results.append(how(x))
+    assert torch.allclose(*results, atol=1e-6)
+
+
 # ---- hosts and rates ----
 
 
@@ -552,9 +570,11 @@ def test_what_it_cannot_stand_in_for_is_refused() -> None:
     for host in (Wrapped(3, 5), hidden, nn.Linear(3, 5)):
         with pytest.raises(SurgeryError, match=r"zoneout at a layer: expected an nn.LSTM.*, got"):
             Zoneout().bind(host)
-    with pytest.raises(SurgeryError, match=r"zoneout at a layer: static_mask expected .*, got GRUCell; leave it out"):
+    with pytest.raises(SurgeryError, match=r"zoneout at a layer: expected a layer with `static_mask` .*, got GRUCell"):
         Zoneout(static_mask=True).bind(nn.GRUCell(3, 5))
-    with pytest.raises(SurgeryError, match=r"zoneout at a layer: share_mask expected .*, got LSTM; leave it out"):
+    with pytest.raises(
+        SurgeryError, match=r"zoneout at a layer: expected no `proj_size` with `share_mask` .*, got LSTM"
+    ):
         Zoneout(share_mask=True).bind(nn.LSTM(3, 5, proj_size=2))
     for name in ("share_mask", "static_mask"):
         with pytest.raises(SurgeryError, match=f"{name}: expected true or false, got 1"):
