@@ -30,10 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
-from dropsurgery.regularizers._hosts import filled, own_class, require_host
-from dropsurgery.regularizers._recurrent import Mix, Noise, Part, recur, require_recurrent
+from dropsurgery.regularizers._hosts import filled, require_host
+from dropsurgery.regularizers._recurrent import Mix, Noise, Part, compiled_as_recurrent, recur, require_recurrent
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -75,6 +74,8 @@ class Zoneout(Regularizer):
 
     p_cell: Tensor
     p_hidden: Tensor
+    _calls = False  # whether it is a cell that is called step by step
+    _has_cell = True  # whether there is a c beside h
 
     def __init__(
         self, p_cell: Rate = 0.5, p_hidden: Rate = 0.05, share_mask: bool = False, static_mask: bool = False
@@ -100,21 +101,19 @@ class Zoneout(Regularizer):
         """The larger of its rates, as the plan has it."""
         return torch.maximum(self.p_cell, self.p_hidden)
 
-    @property
-    def _has_cell(self) -> bool:
-        host = self.host
-        return host is None or isinstance(host, nn.LSTMCell) or getattr(host, "mode", "") == "LSTM"
-
     def bind(self, host: nn.Module) -> None:
         """Stand in for a recurrent layer or a cell; a SurgeryError where it is none, or cannot have these options."""
         if isinstance(host, nn.RNNCellBase):
-            self._refuse(self.static_mask, "static_mask", "sequences, and a cell knows of none", host)
+            expected = "a layer with `static_mask` (a cell cannot tell where a sequence begins: leave the option out)"
+            require_host(not self.static_mask, "zoneout", self.site_id, expected, host)
         else:
             require_host(isinstance(host, nn.RNNBase), "zoneout", self.site_id, self.needs, host)
             require_recurrent("zoneout", self.site_id, host)
-            projects = bool(getattr(host, "proj_size", 0))
-            self._refuse(self.share_mask and projects, "share_mask", "states of one width, and proj_size", host)
+            expected = "no `proj_size` with `share_mask` (h and c differ in width: leave the option out)"
+            require_host(not (self.share_mask and host.proj_size), "zoneout", self.site_id, expected, host)
         super().bind(host)
+        # Told once: a compiler that is shown the layer itself gives up.
+        self._calls, self._has_cell = isinstance(host, nn.RNNCellBase), isinstance(host, (nn.LSTM, nn.LSTMCell))
         self._note_rates()
 
     def set_rate(self, name: str, value: float) -> None:
@@ -125,20 +124,15 @@ class Zoneout(Regularizer):
     def _note_rates(self) -> None:
         self._nonzero = bool(self._rates["p_hidden"] or (self._has_cell and self._rates["p_cell"]))
 
-    def _refuse(self, wrong: bool, option: str, why: str, host: nn.Module) -> None:
-        if wrong:
-            raise SurgeryError(
-                f"zoneout at {self.site_id or 'a layer'}: {option} expected {why} separates them, got "
-                f"{own_class(host).__name__}; leave it out"
-            )
-
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Return what the layer gives with zoneout; its own forward's result where its rates are 0."""
         if not self._nonzero:
             return self.own(input, hx)
-        host: Any = self.bound()
-        if isinstance(host, nn.RNNCellBase):
-            return self._cell(input, hx)
+        return self._cell(input, hx) if self._calls else self._layer(input, hx)
+
+    @compiled_as_recurrent
+    def _layer(self, input: Any, hx: Any) -> Any:
+        host: nn.RNNBase = self.bound()  # type: ignore[assignment]
         return recur(host, input, hx, self._noise)
 
     def _noise(self, part: Part) -> Noise:
@@ -151,7 +145,7 @@ class Zoneout(Regularizer):
             mixes = [_drawn(each, rate, part.steps) for each, rate in zip(numbers, rates, strict=True)]
         else:
             mixes = [_mean(rate) for rate in rates]
-        return Noise(None, None, mixes[1] if len(mixes) > 1 else None, mixes[0])
+        return Noise(state=mixes[0], cell=mixes[1] if self._has_cell else None)
 
     def _cell(self, input: Tensor, hx: Any) -> Any:
         """A call of a cell: its own new states, mixed with those that it was given."""
