@@ -23,6 +23,7 @@ from dropsurgery.regularizers import Rate, Regularizer
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 GALLERY = EXAMPLES / "mask_gallery.py"
 SHAPES = EXAMPLES / "segment_shapes.py"
+LANGUAGE = EXAMPLES / "char_lm.py"
 SCRIPTS = sorted(set(EXAMPLES.glob("*.py")) - {GALLERY, SHAPES})
 
 
@@ -262,3 +263,63 @@ def test_segmentation_masks_shares_of_the_last_maps(shapes: ModuleType) -> None:
     assert result.dices[0] == shapes.dice(logits, data.masks) and result.lost[0] == 0
     assert torch.equal(result.found, logits > 0) and len(result.dices) == len(shapes.SHARES)
     assert len(set(result.dices)) > 3  # what is masked matters
+
+
+# ---- the language model ----
+
+
+@pytest.fixture(scope="module")
+def language() -> ModuleType:
+    return imported(LANGUAGE)
+
+
+def test_language_model_compares_methods(tmp_path: Path) -> None:
+    done = run(LANGUAGE, tmp_path, "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for method in ("plain", "variational", "zoneout"):
+        (row,) = (line for line in done.stdout.splitlines() if line.startswith(f"│ {method} "))
+        unseen, _, deviation, *_ = re.findall(r"[\d.]+|±", row)
+        assert 3 < float(unseen) < 8 and float(deviation) == 0  # of one seed
+    for layer in ("variational_dropout", "zoneout"):
+        assert layer in done.stdout
+
+
+def test_language_model_is_tested_on_pages_that_it_has_not_read(language: ModuleType) -> None:
+    settings = language.Settings(learn=5_000, test=1_000, updates=3, batch=4, steps=10)
+    text = language.Text.new(settings)
+    assert len(text.learn) == 5_000 and len(text.test) == 1_000
+    assert max(text.learn.max(), text.test.max()) < text.characters
+    pairs = list(text.batches(settings, torch.Generator().manual_seed(0)))
+    assert len(pairs) == 3
+    whole = text.learn.tolist()
+    for piece, following in pairs:
+        assert piece.shape == (4, 10) and torch.equal(piece[:, 1:], following[:, :-1])
+        for line, last in zip(piece.tolist(), following[:, -1].tolist(), strict=True):
+            assert any(whole[i : i + 11] == [*line, last] for i in range(len(whole) - 10))
+
+
+def test_language_model_counts_bits(language: ModuleType) -> None:
+    """Scores that say nothing cost log2 of the characters; the state is carried on from piece to piece."""
+    letters = torch.randint(8, (4, 10))
+    assert language.bits(torch.zeros(4, 10, 8), letters).item() == pytest.approx(3.0)
+
+    class Counting(nn.Module):
+        def forward(self, text: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+            steps = torch.arange(text.shape[1]) + (0 if state is None else state)
+            scores = torch.zeros(*text.shape, 8)
+            scores[:, :, 0] = 50.0 * (steps < 150)  # sure of the first character for 150 steps, then of none
+            return scores, steps[-1] + 1
+
+    assert language.tested(Counting(), torch.zeros(20 * 201, dtype=torch.int64)) == pytest.approx(3 * 50 / 200)
+
+
+def test_language_models_begin_alike(language: ModuleType) -> None:
+    nets = {name: language.new_model(name, seed=0, characters=9, updates=4) for name in language.METHODS}
+    weights = [list(net.state_dict().values()) for net in nets.values()]
+    assert all(torch.equal(a, b) for each in weights[1:] for a, b in zip(weights[0], each, strict=True))
+    kinds = {
+        name: [type(each).__name__ for each in net.surgery.regularizers.values()]
+        for name, net in nets.items()
+        if name != "plain"
+    }
+    assert kinds == {"variational": ["VariationalDropout"], "zoneout": ["Zoneout"]}
