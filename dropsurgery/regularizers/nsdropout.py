@@ -303,9 +303,10 @@ class NSDropout(Regularizer):
                 "class"
             )
 
+    @torch.inference_mode(False)  # wherever it is called: what is kept is written to in training
     def remember(self, means: Tensor, seen: Tensor) -> None:
         """Take the means of a validation, (K, D), and which classes it had, (K,) on the CPU."""
-        self.means, self.seen = means, seen
+        self.means, self.seen = means.clone(), seen.clone()
         if self.masks.shape != means.shape:
             self.masks = torch.ones(means.shape, dtype=torch.bool, device=means.device)
             self.masked = torch.zeros(len(means), dtype=torch.bool, device=means.device)
@@ -334,6 +335,7 @@ class NSDropout(Regularizer):
         known = (means, self.seen, self.masks, self.masked)
         return {name: value.detach().clone() for name, value in zip(_STATE, known, strict=True)}
 
+    @torch.inference_mode(False)
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` returned."""
         require(set(state) == set(_STATE), "state", ", ".join(_STATE), sorted(state))

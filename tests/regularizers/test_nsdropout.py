@@ -505,6 +505,23 @@ def test_also_within_active_and_inference_mode_and_as_batches() -> None:
         gm(x).sum().backward()
 
 
+def test_a_first_validation_in_inference_mode() -> None:
+    """What is kept of it is written to in training; and is saved from there, and loaded there."""
+    gm, x, y = operated(Net()).train(), *images(8)
+    with torch.inference_mode():
+        with gm.surgery.batch(validation=(x, y)):
+            state = gm.surgery.state_dict()
+        layer = known(x.flatten(1), y)
+    other = operated(Net()).train()
+    with torch.inference_mode():
+        other.surgery.load_state_dict(state)
+    for each in (gm, other):
+        with each.surgery.batch(labels=y):
+            each(x).sum().backward()
+        assert site(each).masked.all() and not site(copy.deepcopy(each)).means.is_inference()
+    told(layer, x.flatten(1), y)
+
+
 def test_means_over_batches_are_exact() -> None:
     """A mean of the batches' means fails (the control)."""
     x, y = drawn(101, 4, 30)
