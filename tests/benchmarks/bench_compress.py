@@ -121,7 +121,8 @@ def measured(name: str) -> bool:
     print(
         f"{name:22} {counts[0] / 1e6:8.2f} {counts[1] / 1e6:8.2f} {counts[1] / counts[0]:6.1%}"
         f"  {macs[0] / 1e9:7.3f} {macs[1] / 1e9:7.3f} {macs[1] / macs[0]:6.1%}"
-        f"  {times[0]:8.1f} {times[1]:8.1f} {times[1] / times[0]:6.1%}  {difference:8.1e}  {taken:6.1f} s",
+        f"  {times[0]:8.1f} {times[1]:8.1f} {times[1] / times[0]:6.1%}"
+        f"  {differences[0]:7.1e} {differences[1]:7.1e} {differences[2]:7.1e}  {taken:6.1f} s",
         flush=True,
     )
     smaller = all(narrow < whole for whole, narrow in (counts, macs, times))
