@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from dropsurgery.compression.picks import Slices
 
 
-def carried_out(model: nn.Module, slices: Slices) -> nn.Module:
-    """A copy of the model with the slices carried out; it shares nothing with the model, which stays as it is."""
+def carried_out(model: nn.Module, slices: Slices, *, exact: bool = False) -> nn.Module:
+    """A copy of the model with the slices carried out; it shares nothing with the model, which stays as it is.
+
+    With `exact` it is in float64, in which factors are multiplied in without rounding that would show.
+    """
     made = _copied(model)
+    made = made.double() if exact else made
     twins = dict(zip(model.modules(), made.modules(), strict=True))
     done: dict[int, Tensor] = {}
     for module, twin in twins.items():
@@ -20,7 +24,7 @@ def carried_out(model: nn.Module, slices: Slices) -> nn.Module:
             for name, tensor in fields.items():
                 if tensor is not None and id(tensor) in slices.tensors:
                     if id(tensor) not in done:
-                        done[id(tensor)] = _sliced(tensor, slices)
+                        done[id(tensor)] = _sliced(tensor, slices, exact)
                     own[name] = done[id(tensor)]  # type: ignore[assignment]
     for (module, name), size in slices.sizes.items():
         setattr(twins[module], name, size)
@@ -36,8 +40,9 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _sliced(tensor: Tensor, slices: Slices) -> Tensor:
+def _sliced(tensor: Tensor, slices: Slices, exact: bool) -> Tensor:
     part = tensor.detach()
+    part = part.double() if exact and part.is_floating_point() else part
     for axis, pick in slices.tensors[id(tensor)].items():
         part = pick.of(part, axis)
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,15 +17,22 @@ from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Regularizer
 from dropsurgery.regularizers.structural_dropout import StructuralDropout
 
+Attempt = Callable[[bool], nn.Module]
 _TOLERANCE = 1e-5
 _EXACT = 1e-9
 """In float64, which decides where rounding is larger than the tolerance."""
 
 
-def agreeing(gm: nn.Module, attempts: Iterable[nn.Module], widths: Mapping[str, int], inputs: Inputs) -> nn.Module:
+def agreeing(gm: nn.Module, attempts: Iterable[Attempt], widths: Mapping[str, int], inputs: Inputs) -> nn.Module:
     """The first of some narrow models that computes what the masked one does, in eval mode, on the example.
 
-    In float64 as well, on copies, where their own dtype leaves it open.
+    Where more than that differs in the model's own dtype, both in float64 decide: it may be rounding alone.
+
+    Args:
+        gm: the model to be compressed.
+        attempts: each makes a narrow model; in float64 if it is given True.
+        widths: how many units each site keeps.
+        inputs: the example.
 
     Raises:
         SurgeryError: there is none; says what is wrong with the first.
@@ -34,11 +41,12 @@ def agreeing(gm: nn.Module, attempts: Iterable[nn.Module], widths: Mapping[str, 
     values = numbers(inputs, gm)
     expected = _masked_outputs(gm, widths, values)
     problem = ""
-    for model in attempts:
+    for attempt in attempts:
         try:
+            model = attempt(False)
             difference = _difference(expected, _outputs(model, values))
             doubtful = _TOLERANCE < difference < math.inf and dtype != torch.float64
-            if doubtful and _exact_difference(gm, model, widths, values) <= _EXACT:
+            if doubtful and _exact_difference(gm, attempt(True), widths, values) <= _EXACT:
                 return model
         except SurgeryError:
             raise
@@ -60,10 +68,10 @@ def agreeing(gm: nn.Module, attempts: Iterable[nn.Module], widths: Mapping[str, 
 
 
 def _exact_difference(gm: nn.Module, model: nn.Module, widths: Mapping[str, int], values: Inputs) -> float:
-    """The difference in float64, of copies."""
-    wide, narrow = copy.deepcopy(gm).double(), copy.deepcopy(model).double()
+    """The difference of a narrow model in float64 and a copy of the masked one in it."""
+    wide = copy.deepcopy(gm).double()
     values = map_tree(values, lambda item: item.double() if _is_float(item) else item)
-    return _difference(_masked_outputs(wide, widths, values), _outputs(narrow, values))
+    return _difference(_masked_outputs(wide, widths, values), _outputs(model, values))
 
 
 def _masked_outputs(gm: nn.Module, widths: Mapping[str, int], values: Inputs) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,8 @@ from dropsurgery.capture.inputs import resolve_inputs
 from dropsurgery.capture.levels import map_tree
 from dropsurgery.capture.view import flat_view
 from dropsurgery.compression.carrying import carried_out, set_attributes
-from dropsurgery.compression.checking import agreeing, device_of, dtype_of
-from dropsurgery.compression.literals import Literals, literals
+from dropsurgery.compression.checking import Attempt, agreeing, device_of, dtype_of
+from dropsurgery.compression.literals import Attribute, Literals, literals
 from dropsurgery.compression.picks import Slices, slices
 from dropsurgery.compression.spreading import Blocked, Flow, Mark, spread
 from dropsurgery.compression.states import follow, marked_edges
@@ -105,12 +106,16 @@ def _marks(gm: Any, captured: Captured, kept: dict[str, int]) -> list[Mark]:
     return marks
 
 
-def _attempts(model: nn.Module, todo: Slices, written: Literals) -> Iterator[nn.Module]:
+def _attempts(model: nn.Module, todo: Slices, written: Literals) -> Iterator[Attempt]:
     """Narrow models: one, unless it is open which of the numbers that its forwards read have to change."""
+
+    def made(changes: dict[Attribute, int], exact: bool) -> nn.Module:
+        narrow = carried_out(model, todo, exact=exact)
+        set_attributes(narrow, changes)
+        return narrow
+
     for changes in written.attempts():
-        made = carried_out(model, todo)
-        set_attributes(made, changes)
-        yield made
+        yield functools.partial(made, changes)
 
 
 def _told(blocked: Blocked, marks: list[Mark]) -> str:

@@ -368,7 +368,7 @@ def test_a_forward_that_does_other_than_its_graph_says_is_found_out() -> None:
 
 def test_half_precision_is_checked_in_float64(pair: Any) -> None:
     gm = copy.deepcopy(pair[0]).bfloat16()
-    narrow = compress(gm, 0.5)
+    narrow = compress(gm, 0.3)  # factors that bfloat16 rounds
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
 
 
