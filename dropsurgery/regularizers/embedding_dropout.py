@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._hosts import filled, own_class, require_host
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import scale_of, uniform
 
 Mask = Literal["sample", "batch"]
@@ -83,6 +84,7 @@ class EmbeddingDropout(Regularizer):
     placement = "the embedding of a language model's words (pattern embedding, edge module)"
     shapes = "numbers of words (B, T), (T,), or (T, B) with `batch_first: false`"
     needs = "an nn.Embedding"
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space=("input", "hidden"))
     examples = ({"p": 0.3}, {"p": 0.1, "mask": "batch"}, {"p": 0.5, "batch_first": False})
 
     p: Tensor

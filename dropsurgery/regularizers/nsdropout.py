@@ -70,6 +70,7 @@ from torch._compile import _disable_dynamo
 from dropsurgery.errors import SurgeryError, SurgeryWarning
 from dropsurgery.regularizers._base import Keys, Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._labels import ClassSums, check_labels, pairs
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_traced, is_transformed
 from dropsurgery.regularizers._uniform import scale_of, uniform
 
@@ -186,6 +187,12 @@ class NSDropout(Regularizer):
     placement = "behind the first hidden ReLU: recipe nsdropout_vgg; before the classifier: nsdropout_classifier"
     shapes = "(B, D), maps of one position"
     needs = "the labels of each training batch and a validation: `with gm.surgery.batch(labels=…, validation=(x, y))`"
+    taxonomy = Taxonomy(
+        transforms=("data", "architecture"),
+        space="hidden",
+        randomness="deterministic",
+        dependence=("label", "dataset"),
+    )
     examples = (
         {"p": 0.2},
         {"p": 0.5, "distance": "abs"},

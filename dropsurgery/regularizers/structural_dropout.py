@@ -43,6 +43,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError, SurgeryWarning
 from dropsurgery.regularizers._base import Keys, Rate, Regularizer, check_count, rate_tensor, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 Granularity = Literal["channel", "head"]
@@ -134,6 +135,7 @@ class StructuralDropout(Regularizer):
         "hidden units of fully connected layers: recipes structural_dropout_vgg, _classifier; extended to _resnet, _vit"
     )
     shapes = "any shape with a channel axis, or (B, heads, N, d) by `granularity: head`"
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     examples = (
         {"p": 0.5},
         {"p": 0.8, "lower_bound": 1, "normalize": False},

@@ -32,6 +32,7 @@ from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, check_count, check_rate, require
 from dropsurgery.regularizers._hosts import filled, run_with
 from dropsurgery.regularizers._recurrent import GATES, Noise, compiled_as_recurrent, recur, require_recurrent, scaled
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import scale_of, uniform
 
 Mask = Literal["sample", "batch"]
@@ -209,6 +210,7 @@ class VariationalDropout(Regularizer):
     placement = "in recurrent layers: variational_dropout_lstm; in Sequencer, by image: variational_dropout_sequencer"
     shapes = "what the layer takes: sequences of either layout, with or without batch, packed ones"
     needs = "an nn.LSTM, nn.GRU or nn.RNN"
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     examples = (
         {"p_input": 0.5, "p_hidden": 0.3, "p_output": 0.5},
         {"p_input": 0.3, "p_hidden": 0.2, "p_output": 0.0, "tied": False},

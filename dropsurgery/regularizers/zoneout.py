@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._hosts import filled, require_host
 from dropsurgery.regularizers._recurrent import Mix, Noise, Part, compiled_as_recurrent, recur, require_recurrent
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -67,6 +68,7 @@ class Zoneout(Regularizer):
     placement = "in recurrent layers and cells: zoneout_lstm, zoneout_gru"
     shapes = "what the layer takes: sequences of either layout, with or without batch, packed ones"
     needs = "an nn.LSTM, nn.GRU or nn.RNN, or a cell of one (nn.LSTMCell, nn.GRUCell, nn.RNNCell)"
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     examples = ({"p_cell": 0.5, "p_hidden": 0.05}, {"p_cell": 0.2, "p_hidden": 0.2, "share_mask": True})
     drops = "other"
     uncounted = "a unit keeps the value of the step before, which differs from no other value"
