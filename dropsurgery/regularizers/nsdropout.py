@@ -58,7 +58,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, Literal, Protocol
@@ -68,7 +68,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from dropsurgery.errors import SurgeryError, SurgeryWarning
-from dropsurgery.regularizers._base import Keys, Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._base import Keys, Rate, Regularizer, check_state, rate_tensor, require
 from dropsurgery.regularizers._labels import ClassSums, check_labels, pairs
 from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_traced, is_transformed
@@ -345,13 +345,12 @@ class NSDropout(Regularizer):
     @torch.inference_mode(False)
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` returned."""
-        require(set(state) == set(_STATE), "state", ", ".join(_STATE), sorted(state))
-        means = state["means"]
-        fits = means.dim() == 2 and state["masks"].shape == means.shape
-        fits = fits and state["seen"].shape == state["masked"].shape == means.shape[:1]
-        require(
-            fits, "state", "means and masks (K, D), seen and masked (K,)", {k: tuple(v.shape) for k, v in state.items()}
-        )
+        means: Any = state.get("means") if isinstance(state, Mapping) else None
+        is_table = isinstance(means, Tensor) and means.dim() == 2 and means.is_floating_point()
+        like = means if is_table else torch.zeros(0, 0, device="cpu")
+        seen = torch.zeros(len(like), dtype=torch.bool, device="cpu")
+        masks = torch.zeros(like.shape, dtype=torch.bool, device="cpu")
+        check_state(state, dict(zip(_STATE, (like, seen, masks, seen), strict=True)))
         self._forget()
         if len(means):
             device = torch.device("cpu") if self.p.is_meta else self.p.device
