@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from dropsurgery.regularizers._base import Rate, Regularizer
-from dropsurgery.regularizers._hosts import filled, own_class, require_host, run_with
+from dropsurgery.regularizers._hosts import filled, run_with
+from dropsurgery.regularizers._recurrent import require_recurrent
 from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers.dropout import dropout
-
-_FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
 
 
 class WeightDrop(Regularizer):
@@ -56,11 +55,7 @@ class WeightDrop(Regularizer):
 
     def bind(self, host: nn.Module) -> None:
         """Stand in for an LSTM, GRU or RNN; a SurgeryError where it is none, or hides its weights."""
-        known = isinstance(host, nn.RNNBase) and own_class(host).forward in _FORWARDS
-        names: Any = host._flat_weights_names if known else ()
-        known = known and all(name in host._parameters for name in names)
-        expected = "an nn.LSTM, nn.GRU or nn.RNN that runs torch's own forward on plain parameters"
-        require_host(known, "weight_drop", self.site_id, expected, host)
+        require_recurrent("weight_drop", self.site_id, host)
         super().bind(host)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
