@@ -750,7 +750,7 @@ def test_a_wrong_state_changes_nothing() -> None:
         before | {"masks": before["masks"][:2]},
         before | {"other": before["seen"]},
     ):
-        with pytest.raises(SurgeryError, match="state.*: expected"):
+        with pytest.raises(SurgeryError, match=r"state.*: expected"):
             layer.load_state(wrong)
         assert all(torch.equal(a, b) for a, b in zip(before.values(), layer.state().values(), strict=True))
 
