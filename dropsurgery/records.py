@@ -86,3 +86,32 @@ class TensorFact:
 
     shape: tuple[int, ...]
     dtype: Any
+
+
+@dataclass(frozen=True)
+class GateFact:
+    """What is known of the gate of a mixture of experts that a site belongs to.
+
+    Attributes:
+        gate: names the gate, the same for all sites of one gate.
+        experts: how many there are.
+        axis: the experts' axis of the tensor on this edge, from the end; None where it has none.
+        k: how many are chosen for each token; None for dense gates.
+        scores: what makes weights of logits: "softmax", "sigmoid" …
+        order: in which order scores and choice come: "softmax_topk", "topk_softmax", "argmax_onehot", "dense" …
+        bias_corrected: whether a buffer is added between scores and choice.
+        capacity_axis: the axis of the logits, from the end, along which the experts' tokens are counted; None: no capacity.
+        returned: whether raw logits leave the router besides.
+        features: the length of what the scorer reads.
+    """
+
+    gate: str
+    experts: int
+    axis: int | None
+    k: int | None
+    scores: str
+    order: str
+    bias_corrected: bool
+    capacity_axis: int | None
+    returned: bool
+    features: int | None = None

@@ -11,6 +11,7 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from dropsurgery.errors import SurgeryError
+from dropsurgery.records import GateFact
 from dropsurgery.regularizers._tracing import require_own_numbers
 
 Rate = Annotated[float, Ge(0), Le(1)]
@@ -85,6 +86,7 @@ class Regularizer(nn.Module):
     drops: ClassVar[str] = "zero"
     uncounted: ClassVar[str] = ""
     by_values: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ()
     learned: ClassVar[tuple[str, ...]] = ()
     random: bool = True
 
@@ -92,6 +94,8 @@ class Regularizer(nn.Module):
     step_options: Mapping[str, float] = MappingProxyType({})
     channel_axis: int = 1
     producer: tuple[str, ...] = ()
+    gate: GateFact | None = None
+    returns: Any = None
     site_id: str = ""
     context: Keys | None = None
     forced: bool = False
