@@ -100,7 +100,7 @@ class GateFact:
         scores: what makes weights of logits: "softmax", "sigmoid" …
         order: in which order scores and choice come: "softmax_topk", "topk_softmax", "argmax_onehot", "dense" …
         bias_corrected: whether a buffer is added between scores and choice.
-        capacity_axis: the axis of the logits, from the end, along which the experts' tokens are counted; None: no capacity.
+        capacity_axis: the axis of the logits, from the end, along which an expert's tokens are counted; None: no limit.
         returned: whether raw logits leave the router besides.
         features: the length of what the scorer reads.
     """

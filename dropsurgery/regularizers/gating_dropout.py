@@ -42,7 +42,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from annotated_types import Ge
@@ -237,8 +237,8 @@ class GatingDropout(Regularizer):
             missing = {"logits", "selection"} - found
             if len(missing) == 1:
                 yield (
-                    f"{_NAME} at gate {gate}: it adds a bias between its scores and its choice, so that they have to be "
-                    f"masked before it and behind it; add an entry on `pattern: moe_gate, edge: {missing.pop()}`"
+                    f"{_NAME} at gate {gate}: it adds a bias between scores and choice, so that they have to be masked "
+                    f"before it and behind it; add an entry on `pattern: moe_gate, edge: {missing.pop()}`"
                 )
 
     def bind(self, host: nn.Module) -> None:
@@ -369,7 +369,7 @@ def _zeros(x: Tensor, returns: Any) -> Any:
 
 
 def _zero(x: Tensor, fact: TensorFact, tokens: int) -> Tensor:
-    """Zeros like what a block gives: of the shape of its input, or with a row for each of its tokens, or of its batch."""
+    """Zeros like what a block gives: of its input's shape, or with a row for each of its tokens."""
     if len(fact.shape) == x.dim() and fact.shape[-1] == x.shape[-1]:
         return torch.zeros_like(x)
     lead = (x.numel() // x.shape[-1],) if fact.shape[0] == tokens else x.shape[:-1]

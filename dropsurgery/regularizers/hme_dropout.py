@@ -8,7 +8,7 @@
 Only left subtrees are dropped: where d = 0 all goes to the right, so that training samples an ensemble of trees of
 different complexity, and the rightmost leaf is always there. The leaves' weights add up to 1 whatever is dropped. Each
 path has each node's draw once and the output is linear in each of them, so that eval by `expected` is the exact mean
-over all draws, and no approximation; with trees whose leaves are linear too, that is.
+over all draws, and no approximation.
 
 Not established by the source as it was read: whether a draw is for a sample (`sample: per_sample`, the default) or for
 the batch (`per_batch`), and what eval does; both are options here, and the rate's default is the library's choice.
@@ -87,7 +87,7 @@ class HmeDropout(Regularizer):
         """Return the gate with left subtrees dropped; when not active expected, or by `eval_rule: full` as it is."""
         if self.active:
             return hme_dropout(gate, self.p, self.sample, key=self.next_key())
-        if self.expects and self._nonzero and not self.training:
+        if self.expects and self._nonzero:
             return (gate * (1 - self.p)).to(gate.dtype)
         return gate
 

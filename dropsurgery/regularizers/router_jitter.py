@@ -110,8 +110,8 @@ class RouterJitter(Regularizer):
             channel_axis = -1
         if len(shape) < 2 or channel_axis is None:
             raise SurgeryError(
-                f"router_jitter at {site_id}: expected tokens (..., d) that a gate reads, got a tensor of shape {shape} "
-                f"with channel axis {channel_axis}; leave this site out (`where: {{exclude: …}}`)"
+                f"router_jitter at {site_id}: expected tokens (..., d) that a gate reads, got a tensor of shape "
+                f"{shape} with channel axis {channel_axis}; leave this site out (`where: {{exclude: …}}`)"
             )
         super().build(channel_axis=channel_axis, channels=channels, shape=shape, site_id=site_id)
 

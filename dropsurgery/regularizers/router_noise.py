@@ -7,8 +7,8 @@
     noise normal        scale * N(0, 1) / E
 
 `noisy_top_k` is of Shazeer et al.; `gumbel` is the option of st-moe-pytorch (noise_gates) and DeepSpeed's "RSample";
-`normal` is tutel's gate_noise, which is `scale`. The noise acts on the way to the choice, and on the weights made of the
-same scores; raw logits that a router returns besides stay the true ones.
+`normal` is tutel's gate_noise, which is `scale`. The noise acts on the way to the choice, and on the weights made of
+the same scores; raw logits that a router returns besides stay the true ones.
 
 p, which the sources have not, is the share of tokens whose scores get noise: 1 is theirs, less is for schedules.
 Nothing is dropped.

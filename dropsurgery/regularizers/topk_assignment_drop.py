@@ -1,8 +1,8 @@
-"""Assignment drop: drop single assignments of tokens to experts (databricks/megablocks, pull request 44).
+"""Assignment drop: drop single assignments of tokens to experts (megablocks, pull request 44).
 
     w (..., k) → w * M            M ~ Bernoulli(1 - p), one draw a token and slot, in training; w in eval
 
-That proposal, which was not taken up, calls it expert dropout, and writes -1 for the index of an assignment that is
+That proposal, which was closed, calls it expert dropout, and writes -1 for the index of an assignment that is
 dropped, so that no expert sees the token there. Here its weight becomes 0: the sum over a token's experts is the same,
 whichever way a model hands its tokens out, and no index is met that it does not know; what the dropped expert computes
 is thrown away. Not the expert dropout of Switch Transformers, which is expert_dropout.
@@ -51,7 +51,7 @@ def _renormalised(left: Tensor, weights: Tensor, axis: int) -> Tensor:
 class TopkAssignmentDrop(Regularizer):
     """`topk_assignment_drop` as a layer; identity in eval."""
 
-    paper = "databricks/megablocks, pull request 44 (closed): dropout of assignments"
+    paper = "megablocks, pull request 44 (closed): dropout of assignments"
     summary = "drops single assignments of tokens to experts"
     placement = "the weights of the chosen experts: pattern moe_gate, edge probabilities"
     shapes = "weights (..., k)"

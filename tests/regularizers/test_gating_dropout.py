@@ -1,0 +1,777 @@
+"""Gating Dropout against its rules in plain loops, in routers of several kinds, and on two processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from dropsurgery import SurgeryError, SurgeryWarning
+from dropsurgery.context import Context
+from dropsurgery.records import GateFact, Site, TensorFact
+from dropsurgery.regularizers.gating_dropout import (
+    GatingDropout,
+    decision,
+    gating_dropout,
+    mask_scores,
+    relabel,
+)
+
+EXPERTS, FEATURES = 4, 8
+
+
+def fact(**changes: Any) -> GateFact:
+    facts: dict[str, Any] = {
+        "gate": "moe.gate#0",
+        "experts": EXPERTS,
+        "axis": -1,
+        "k": 2,
+        "scores": "softmax",
+        "order": "softmax_topk",
+        "bias_corrected": False,
+        "capacity_axis": None,
+        "returned": True,
+    }
+    return GateFact(**(facts | changes))
+
+
+def built(p: float = 1.0, gate: GateFact | None = None, seed: int | None = None, **options: Any) -> GatingDropout:
+    """One that was told of its gate, as in a model."""
+    layer = GatingDropout(p, **options)
+    layer.gate = gate or fact()
+    layer.build(channel_axis=-1, channels=EXPERTS, shape=(6, EXPERTS), site_id="moe.softmax#0:moe_gate.logits")
+    layer.context = Context(seed)
+    return layer
+
+
+# ---- the rules, token by token ----
+
+
+def machines_by_hand(shape: tuple[int, ...], machines: int, along: int | None) -> np.ndarray:
+    """The machine of each token of a `shape` without experts."""
+    made = np.zeros(shape, int)
+    for flat, place in enumerate(np.ndindex(*shape)):
+        number, count = (flat, math.prod(shape)) if along is None else (place[along], shape[along])
+        for machine in range(machines):
+            if machine * count <= number * machines < (machine + 1) * count:
+                made[place] = machine
+    return made
+
+
+def masked_by_hand(scores: np.ndarray, machine: np.ndarray, machines: int, low: float) -> np.ndarray:
+    made = scores.copy()
+    for *token, expert in np.ndindex(*scores.shape):
+        if expert // (scores.shape[-1] // machines) != machine[tuple(token)]:
+            made[(*token, expert)] = low
+    return made
+
+
+def relabelled_by_hand(indices: np.ndarray, machine: np.ndarray, machines: int, experts: int) -> np.ndarray:
+    made, each = indices.copy(), experts // machines
+    for *token, slot in np.ndindex(*indices.shape):
+        made[(*token, slot)] = machine[tuple(token)] * each + indices[(*token, slot)] % each
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "machines"), [((12, 4), 4), ((12, 4), 2), ((7, 6), 3), ((2, 5, 6), 6), ((1, 4), 4)])
+def test_scores_of_other_machines_are_masked(shape: tuple[int, ...], machines: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(shape).to(dtype)
+    y = gating_dropout(scores, 1.0, machines=machines)
+    machine = machines_by_hand(shape[:-1], machines, None)
+    low = torch.finfo(dtype).min / 2
+    expected = masked_by_hand(scores.double().numpy(), machine, machines, low)
+    assert y.dtype == dtype and y.isfinite().all() and np.array_equal(y.double().numpy(), expected)
+    assert torch.equal(gating_dropout(scores, 0.0, machines=machines), scores)
+
+
+@pytest.mark.parametrize(("shape", "along"), [((3, 8, 4), 1), ((3, 7, 4), 1), ((5, 3, 4), 0)])
+def test_tokens_are_divided_along_an_axis(shape: tuple[int, ...], along: int) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(shape)
+    expected = masked_by_hand(scores.numpy(), machines_by_hand(shape[:-1], 2, along), 2, -1.0)
+    for axis in (along, along - 3):
+        y = gating_dropout(scores, 1.0, machines=2, along=axis).numpy()
+        assert np.array_equal(np.where(y < -1e30, -1.0, y), expected)
+    other = masked_by_hand(scores.numpy(), machines_by_hand(shape[:-1], 2, None), 2, -1.0)
+    assert not np.array_equal(other, expected)  # the control: divided as they lie
+
+
+def test_experts_on_another_axis() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(3, 5, 4)
+    for axis in (0, 1, -2):
+        turned = gating_dropout(scores.movedim(-1, axis), 1.0, machines=2, axis=axis)
+        assert torch.equal(turned.movedim(axis, -1), gating_dropout(scores, 1.0, machines=2))
+
+
+@pytest.mark.parametrize(("shape", "machines"), [((12, 2), 2), ((9, 1), 4), ((2, 5, 2), 4), ((7, 3), 2)])
+def test_indices_are_relabelled(shape: tuple[int, ...], machines: int) -> None:
+    torch.manual_seed(0)
+    indices = torch.randint(8, shape)
+    y = gating_dropout(indices, 1.0, "relabel", experts=8, machines=machines)
+    machine = machines_by_hand(shape[:-1], machines, None)
+    assert y.dtype == indices.dtype
+    assert np.array_equal(y.numpy(), relabelled_by_hand(indices.numpy(), machine, machines, 8))
+    assert torch.equal(gating_dropout(indices, 0.0, "relabel", experts=8, machines=machines), indices)
+    if shape[-1] == 1:  # one expert a token, without an axis for it
+        alone = gating_dropout(indices[..., 0], 1.0, "relabel", experts=8, machines=machines)
+        assert torch.equal(alone, y[..., 0])
+
+
+def test_all_tokens_of_a_process_are_on_its_machine() -> None:
+    torch.manual_seed(0)
+    scores, indices = torch.randn(6, 4), torch.randint(4, (6, 2))
+    for own in range(2):
+        y = gating_dropout(scores, 1.0, machines=2, machine=own)
+        assert ((y > -1e30) == (torch.arange(4) // 2 == own)).all()
+        moved = gating_dropout(indices, 1.0, "relabel", experts=4, machines=2, machine=own)
+        assert torch.equal(moved, 2 * own + indices % 2)
+
+
+def test_a_given_decision_is_what_counts() -> None:
+    scores, indices = torch.ones(4, 4), torch.tensor([[0], [1], [2], [3]])
+    yes, no = torch.tensor(True), torch.tensor(False)
+    assert (mask_scores(scores, yes, 1, 2)[:, :2] < -1e30).all() and torch.equal(mask_scores(scores, no, 1, 2), scores)
+    assert relabel(indices, yes, 1, 2, 4).flatten().tolist() == [2, 3, 2, 3]
+    assert relabel(indices, no, 1, 2, 4).flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_no_gradient_where_masked() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    y = gating_dropout(scores, 1.0, machines=2)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(scores.grad == 0, y < -1e30) and set(scores.grad.flatten().tolist()) == {0.0, 1.0}
+
+
+# ---- routers ----
+
+
+class Router(nn.Module):
+    """Routers as they are found, with a place for what is inserted: on scores, and behind a bias."""
+
+    def __init__(self, kind: str, k: int = 2, capacity: int = 2) -> None:
+        super().__init__()
+        self.kind, self.k, self.capacity = kind, k, capacity
+        self.weight = nn.Parameter(torch.randn(EXPERTS, FEATURES))
+        self.register_buffer("bias", torch.randn(EXPERTS) * 3)
+        self.at_scores: Callable[[Tensor], Tensor] = lambda s: s
+        self.at_selection: Callable[[Tensor], Tensor] = lambda s: s
+        self.at_indices: Callable[[Tensor], Tensor] = lambda i: i
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The raw logits, and for each token the weights and the indices of its experts."""
+        raw = F.linear(x, self.weight)
+        weights, indices = getattr(self, self.kind)(self.at_scores(raw))
+        return raw, weights, self.at_indices(indices)
+
+    def normalised(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        weights, indices = scores.softmax(-1).topk(self.k)
+        return weights / weights.sum(-1, keepdim=True), indices
+
+    def plain(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(scores.softmax(-1).topk(self.k))
+
+    def topk_softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        top, indices = scores.topk(self.k)
+        return top.softmax(-1), indices
+
+    def sigmoid(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        top, indices = scores.topk(1)
+        spread = torch.full_like(scores, -math.inf).scatter_(-1, indices, top).sigmoid()
+        return spread.gather(-1, indices), indices
+
+    def corrected(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        shares = scores.sigmoid()
+        choice = self.at_selection(shares + self.bias)
+        groups = choice.view(-1, 2, EXPERTS // 2).topk(2)[0].sum(-1)
+        out = torch.zeros_like(groups).scatter_(1, groups.topk(1)[1], 1.0)
+        allowed = out.unsqueeze(-1).expand(-1, 2, EXPERTS // 2).reshape(-1, EXPERTS).bool()
+        indices = choice.masked_fill(~allowed, -math.inf).topk(self.k)[1]
+        weights = shares.gather(1, indices)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20), indices
+
+    def switch(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Each expert takes `capacity` tokens of each sequence; the others get weight 0."""
+        shares = scores.softmax(-1)
+        chosen = F.one_hot(shares.argmax(-1), EXPERTS)
+        kept = (chosen.cumsum(-2) <= self.capacity) * chosen
+        return (shares * kept).amax(-1, keepdim=True), chosen.argmax(-1, keepdim=True)
+
+
+class Mixture(nn.Module):
+    def __init__(self, kind: str, k: int = 2, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = Router(kind, k, **options)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(FEATURES, 12), nn.ReLU(), nn.Linear(12, FEATURES)) for _ in range(EXPERTS)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, weights, indices = self.router(x)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            y = y + expert(x) * (weights * (indices == number)).sum(-1, keepdim=True)
+        return y
+
+    def with_dropout(self, p: float, **options: Any) -> Mixture:
+        gate = fact(bias_corrected=self.router.kind == "corrected")
+        if self.router.kind == "switch":
+            gate = fact(capacity_axis=-2)
+        layer = built(p, gate, seed=1, **options)
+        if options.get("mode") == "relabel":
+            layer.gate = fact(axis=None)
+            self.router.at_indices = layer
+        else:
+            self.router.at_scores = self.router.at_selection = layer
+        return self
+
+
+KINDS = ["normalised", "topk_softmax", "corrected"]
+TOKENS = (16, FEATURES)
+
+
+def tokens(shape: tuple[int, ...] = TOKENS) -> Tensor:
+    torch.manual_seed(5)
+    return torch.randn(shape)
+
+
+def local_by_hand(mixture: Mixture, x: Tensor) -> Tensor:
+    """Each token through the expert of its machine, of as many as there are experts."""
+    rows = [mixture.experts[i * EXPERTS // len(x)](row) for i, row in enumerate(x)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "plain", "sigmoid"])
+def test_1_nothing_changes_at_rate_0_and_in_eval(kind: str) -> None:
+    x = tokens()
+    plain = Mixture(kind)(x)
+    assert torch.equal(Mixture(kind).with_dropout(0.0)(x), plain)
+    dropped = Mixture(kind).with_dropout(1.0)
+    assert not torch.equal(dropped(x), plain)
+    dropped.router.at_scores.eval()
+    assert torch.equal(dropped(x), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_2_each_token_goes_to_the_expert_of_its_machine(kind: str) -> None:
+    mixture, x = Mixture(kind).with_dropout(1.0), tokens()
+    assert (mixture(x) - local_by_hand(mixture, x)).abs().max() <= 1e-6
+    assert (Mixture(kind)(x) - local_by_hand(mixture, x)).abs().max() > 0.1
+
+
+def test_2_sigmoid_keeps_the_weight_of_the_local_expert() -> None:
+    mixture, x = Mixture("sigmoid").with_dropout(1.0), tokens()
+    own = torch.arange(len(x)) * EXPERTS // len(x)
+    weight = F.linear(x, mixture.router.weight).sigmoid().gather(1, own[:, None])
+    assert (mixture(x) - local_by_hand(mixture, x) * weight).abs().max() <= 1e-6
+    assert (mixture(x) - local_by_hand(mixture, x)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_3_two_experts_a_machine(kind: str) -> None:
+    mixture, x = Mixture(kind).with_dropout(1.0, virtual_ranks=2), tokens()
+    _, weights, indices = mixture.router(x)
+    assert torch.equal(indices // 2, (torch.arange(16) // 8)[:, None].expand(16, 2))
+    assert torch.allclose(weights.sum(-1), torch.ones(16))
+    mixture(x).square().sum().backward()
+    assert mixture.router.weight.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_4_one_expert_a_machine_teaches_the_router_nothing(kind: str) -> None:
+    mixture, x = Mixture(kind).with_dropout(1.0), tokens()
+    mixture(x).square().sum().backward()
+    grad = mixture.router.weight.grad
+    assert grad.isfinite().all() and grad.abs().max() <= (1e-6 if kind == "corrected" else 0.0)
+    free = Mixture(kind)
+    free(x).square().sum().backward()
+    assert free.router.weight.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_5_one_machine_is_the_identity_and_says_so(kind: str) -> None:
+    x = tokens()
+    with pytest.warns(SurgeryWarning, match=r"on one machine \(virtual_ranks=1\) .* is the identity"):
+        mixture = Mixture(kind).with_dropout(1.0, virtual_ranks=1)
+    assert torch.equal(mixture(x), Mixture(kind)(x))
+
+
+def decisions(p: float, steps: int, seed: int = 0, gate: str = "a", **options: Any) -> list[bool]:
+    """Whether each of many steps is dropped."""
+    layer = built(p, fact(gate=gate), seed=seed, **options)
+    scores, found = torch.zeros(1, EXPERTS), []
+    for step in range(steps):
+        layer.context.step = step
+        found.append(bool((layer(scores) < 0).any()))
+    return found
+
+
+def test_6_share_of_dropped_steps() -> None:
+    p, steps = 0.3, 5000
+    share = np.mean(decisions(p, steps))
+    assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / steps)
+    assert not abs(share - 0.35) <= 4 * math.sqrt(0.35 * 0.65 / steps)  # another rate would be seen
+
+
+def test_decisions_hang_on_seed_step_and_gate_alone() -> None:
+    first = decisions(0.5, 200)
+    assert decisions(0.5, 200) == first
+    for other in (decisions(0.5, 200, seed=1), decisions(0.5, 200, gate="b")):
+        same = np.mean(np.equal(first, other))
+        assert abs(same - 0.5) <= 4 * 0.5 / math.sqrt(200)
+    torch.manual_seed(99)
+    assert decisions(0.5, 50)[:50] == first[:50]
+    model = decisions(0.5, 100, scope="model")
+    assert decisions(0.5, 100, gate="b", scope="model") == model != first[:100]
+
+
+def test_both_masks_of_a_gate_agree_also_without_a_seed() -> None:
+    context = Context(None)
+    layers = [built(0.5), built(0.5)]
+    for layer, site in zip(layers, ("softmax", "add"), strict=True):
+        layer.context, layer.site_id = context, site
+    scores = torch.zeros(3, EXPERTS)
+    found = [[bool((layer(scores) < 0).any()) for layer in layers] for _ in range(60)]
+    assert all(a == b for a, b in found) and 10 < sum(a for a, _ in found) < 50
+
+
+def test_a_step_or_each_of_its_forwards_is_dropped() -> None:
+    """`per: step` holds for all forwards whose gradients are added up, `per: microbatch` for one."""
+    scores = torch.zeros(1, EXPERTS)
+    for per in ("step", "microbatch"):
+        layer = built(0.5, seed=0, per=per)
+        layer.context.one_batch = lambda: True
+        steps = []
+        for step in range(40):
+            layer.context.step = step
+            steps.append({bool((layer(scores) < 0).any()) for _ in range(6)})
+        mixed = sum(len(found) == 2 for found in steps)
+        assert mixed == 0 if per == "step" else mixed > 30
+        assert {True, False} == set.union(*steps)
+
+
+def test_8_finite_where_infinity_is_not() -> None:
+    """Scores that are subtracted and divided, as in sparsemixer: -inf makes NaN of them, half of the least does not."""
+
+    def mixed(scores: Tensor) -> Tensor:
+        top = scores.max(-1, keepdim=True)[0]
+        factor = scores.abs().clamp(min=top)
+        return scores.masked_fill((top - scores) / factor > 0.02, -math.inf).softmax(-1)
+
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        scores = torch.randn(8, EXPERTS).to(dtype).requires_grad_()
+        masked = gating_dropout(scores, 1.0, machines=2)
+        assert masked.isfinite().all() and (masked + masked).isfinite().all()
+        y = mixed(masked.float())
+        y.square().sum().backward()
+        assert y.isfinite().all() and scores.grad.isfinite().all()
+    infinite = torch.where(masked < -1e4, -math.inf, masked)
+    assert not infinite.isfinite().all() and mixed(infinite.float()).isnan().any()
+
+
+def test_one_mask_does_not_do_where_a_bias_is_added() -> None:
+    """The negative control of the second mask: with one, the bias chooses experts on other machines."""
+    x = tokens()
+    mixture = Mixture("corrected").with_dropout(1.0)
+    expected = local_by_hand(mixture, x)
+    assert (mixture(x) - expected).abs().max() <= 1e-6
+    mixture.router.at_selection = lambda s: s
+    assert (mixture(x) - expected).abs().max() > 0.1
+
+
+def test_one_entry_at_a_corrected_gate_is_told() -> None:
+    def at(edge: str, gate: GateFact) -> Site:
+        made = Site(id=edge, module="", pattern="moe_gate", edge=edge)
+        object.__setattr__(made, "gate", gate)
+        return made
+
+    gate, free = fact(bias_corrected=True), fact(gate="b")
+    assert not list(GatingDropout.incomplete([at("logits", gate), at("selection", gate), at("logits", free)]))
+    (problem,) = GatingDropout.incomplete([at("logits", gate), at("logits", free)])
+    assert "edge: selection" in problem
+    (problem,) = GatingDropout.incomplete([at("selection", gate)])
+    assert "edge: logits" in problem
+
+
+def test_10_no_more_tokens_exceed_the_capacity() -> None:
+    """Divided along the sequence, in which the router counts, all fit; divided as they lie, most do not."""
+    x = tokens((4, 8, FEATURES))
+
+    def kept(mixture: Mixture) -> int:
+        return int((mixture.router(x)[1] > 0).sum())
+
+    normal, dropped = Mixture("switch"), Mixture("switch").with_dropout(1.0)
+    assert kept(dropped) == 32 >= kept(normal)
+    dropped.router.at_scores.gate = fact(capacity_axis=None)
+    assert kept(dropped) == 8 < kept(normal)
+
+
+def test_modes_agree_where_weights_are_normalised_and_experts_alone() -> None:
+    x = tokens()
+    masked, relabelled = (Mixture("normalised").with_dropout(1.0, mode=mode)(x) for mode in ("mask", "relabel"))
+    assert torch.allclose(masked, relabelled, atol=1e-6)
+    masked, relabelled = (Mixture("plain", 1).with_dropout(1.0, mode=mode)(x) for mode in ("mask", "relabel"))
+    assert not torch.allclose(masked, relabelled, atol=1e-2)
+    mixture = Mixture("plain", 1)
+    weight = mixture.router(x)[1]
+    assert torch.allclose(relabelled, weight * local_by_hand(mixture, x), atol=1e-6)
+    assert torch.allclose(masked, local_by_hand(mixture, x), atol=1e-6)
+
+
+def test_raw_logits_stay() -> None:
+    mixture, x = Mixture("normalised").with_dropout(1.0), tokens()
+    assert torch.equal(mixture.router(x)[0], Mixture("normalised").router(x)[0])
+
+
+# ---- checkpointing ----
+
+
+class Private:
+    """The wrong one: a generator of its own, which a repeated forward finds further on."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        dropped = torch.rand((), generator=self.generator) < 0.5
+        return mask_scores(scores, dropped, torch.arange(len(scores))[:, None] * EXPERTS // len(scores), EXPERTS)
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+@pytest.mark.parametrize("seed", [None, 4])
+def test_11_checkpointing_meets_the_same_decisions(seed: int | None, preserve: bool) -> None:
+    def gradients(insert: Callable[[], Any], repeated: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        mixture, found = Mixture("normalised"), []
+        mixture.router.at_scores = inserted = insert()
+        for step in range(20):
+            if isinstance(inserted, GatingDropout):
+                inserted.context.step = step
+            mixture.zero_grad()
+            x = tokens().requires_grad_()
+            how = {"use_reentrant": False, "preserve_rng_state": preserve}
+            y = checkpoint(mixture, x, **how) if repeated else mixture(x)
+            y.square().sum().backward()
+            found.append(torch.cat([p.grad.flatten() for p in mixture.parameters() if p.grad is not None]))
+        return found
+
+    def wrong(insert: Callable[[], Any]) -> int:
+        pairs = zip(gradients(insert, False), gradients(insert, True), strict=True)
+        return sum(not torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+    assert wrong(lambda: built(0.5, seed=seed)) == 0
+    assert wrong(Private) >= 5
+
+
+# ---- Gate-Expert-Drop ----
+
+
+class Block(nn.Module):
+    """A mixture that gives its logits too, as some do."""
+
+    def __init__(self, pair: bool = False) -> None:
+        super().__init__()
+        self.mixture, self.pair, self.calls = Mixture("normalised"), pair, 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        flat = x.reshape(-1, FEATURES)
+        y = self.mixture(flat).view(x.shape)
+        return (y, self.mixture.router(flat)[1]) if self.pair else y
+
+
+def skipping(p: float, block: Block, seed: int | None = 0) -> GatingDropout:
+    layer = GatingDropout(p, expert_drop=True)
+    layer.context = Context(seed)
+    layer.build(channel_axis=-1, channels=FEATURES, shape=(2, 6, FEATURES), site_id="moe#0:moe_gate.block")
+    layer.bind(block)
+    return layer
+
+
+def test_12_a_dropped_block_gives_zeros_and_nothing_in_it_is_called() -> None:
+    block, x = Block(), tokens((2, 6, FEATURES)).requires_grad_()
+    layer = skipping(1.0, block)
+    assert layer.kind == "swap" and GatingDropout().kind == "insert"
+    y = layer(x)
+    assert block.calls == 0 and torch.equal(y, torch.zeros_like(x)) and torch.equal(x + y, x)
+    (x + y).square().sum().backward()
+    assert all(parameter.grad is None for parameter in block.parameters())
+    y = layer.eval()(x)
+    assert torch.equal(y, block(x)) and block.calls == 2
+    (x + skipping(0.0, block)(x)).square().sum().backward()
+    assert any(parameter.grad is not None for parameter in block.parameters())  # the control
+
+
+def test_12_blocks_that_give_more_than_one_tensor() -> None:
+    block = Block(pair=True)
+    layer = skipping(1.0, block)
+    layer.returns = (TensorFact((2, 6, FEATURES), torch.float32), TensorFact((12, 2), torch.float32))
+    first, second = layer(tokens((3, 5, FEATURES)))
+    assert first.shape == (3, 5, FEATURES) and second.shape == (15, 2) and not first.any() and not second.any()
+    layer.returns = (TensorFact((2, 6, FEATURES), torch.float32), TensorFact((2, 6, 4), torch.bfloat16))
+    second = layer(tokens((3, 5, FEATURES)))[1]
+    assert second.shape == (3, 5, 4) and second.dtype == torch.bfloat16
+
+
+def test_share_of_skipped_blocks() -> None:
+    layer = skipping(0.3, block := Block())
+    x, steps = tokens((1, 2, FEATURES)), 600
+    for step in range(steps):
+        layer.context.step = step
+        layer(x)
+    assert abs(block.calls / steps - 0.7) <= 4 * math.sqrt(0.21 / steps)
+
+
+def test_a_compiled_block_decides_alike() -> None:
+    """Computed and thrown away there: the same numbers."""
+    block, x = Block(), tokens((2, 6, FEATURES))
+    eager, other = skipping(0.5, block), skipping(0.5, block)
+    compiled = torch.compile(other, backend="eager", fullgraph=True)
+    seen = set()
+    for step in range(8):
+        eager.context.step = other.context.step = step
+        y = compiled(x)
+        assert torch.allclose(y, eager(x), atol=1e-6)
+        seen.add(bool(y.any()))
+    assert seen == {True, False}
+
+
+# ---- refusals ----
+
+
+def test_refusals() -> None:
+    with pytest.raises(SurgeryError, match="virtual_ranks: expected a divisor of the number of experts, 4, got 3"):
+        built(virtual_ranks=3)
+    with pytest.raises(SurgeryError, match=r"gating_dropout at a: expected scores of experts \(\.\.\., E\)"):
+        GatingDropout().build(channel_axis=1, channels=8, shape=(2, 8, 7, 7), site_id="a")
+    with pytest.raises(SurgeryError, match="expected scores of experts .* of two or more experts"):
+        GatingDropout().build(channel_axis=-1, channels=1, shape=(2, 1), site_id="a")
+    with pytest.raises(SurgeryError, match=r"relabel, got scores; use `mode: mask` on edge logits"):
+        built(mode="relabel")
+    with pytest.raises(SurgeryError, match="got one that limits it: tokens relabelled to one expert"):
+        built(gate=fact(axis=None, capacity_axis=-2), mode="relabel")
+    with pytest.raises(SurgeryError, match="expected the scores of a gate .*got Block; .*`expert_drop: true`"):
+        GatingDropout().bind(Block())
+    with pytest.raises(SurgeryError, match="experts: expected their number where indices are relabelled"):
+        gating_dropout(torch.zeros(3, 2, dtype=torch.long), 0.5, "relabel")
+    for wrong in ({"mode": "both"}, {"scope": "net"}, {"per": "epoch"}, {"expert_drop": 1}, {"virtual_ranks": 0}):
+        with pytest.raises(SurgeryError, match=f"{next(iter(wrong))}: expected"):
+            GatingDropout(**wrong)
+
+
+def test_processes_that_cannot_be_served_are_refused() -> None:
+    layer = built(0.5, seed=0)
+    layer.place = (0, 3)
+    with pytest.raises(SurgeryError, match="processes: expected a divisor of the number of experts, 4, got 3"):
+        layer(torch.zeros(2, EXPERTS))
+    layer = built(0.5, fact(capacity_axis=-2), seed=0)
+    layer.place = (0, 2)
+    with pytest.raises(SurgeryError, match="divide each process's tokens with `virtual_ranks: 4`"):
+        layer(torch.zeros(1, 2, EXPERTS))
+    layer.virtual_ranks = 4
+    layer(torch.zeros(1, 2, EXPERTS))
+    layer = built(0.5)
+    layer.place = (0, 2)
+    with pytest.raises(SurgeryError, match=r"expected a seed.*one seed in all of them"):
+        layer(torch.zeros(2, EXPERTS))
+    layer.context = None
+    with pytest.raises(SurgeryError, match="expected a seed"):
+        layer(torch.zeros(2, EXPERTS))
+
+
+def test_repr_and_share() -> None:
+    assert repr(GatingDropout(0.3)) == "GatingDropout(p=0.3)"
+    assert repr(GatingDropout(0.3, mode="relabel", virtual_ranks=2)) == (
+        "GatingDropout(p=0.3, mode='relabel', virtual_ranks=2)"
+    )
+    assert GatingDropout(0.4).expected_drop((8, 4)) == pytest.approx(0.3)
+    assert GatingDropout(0.4, virtual_ranks=2).expected_drop((8, 4)) == pytest.approx(0.2)
+    assert GatingDropout(0.4, expert_drop=True).expected_drop((8, 4)) == 0.4
+
+
+# ---- two processes ----
+
+
+class Trained(nn.Module):
+    """A residual mixture and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = Mixture("normalised")
+        self.head = nn.Linear(FEATURES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.mixture(x))
+
+
+def exchanged(buffers: Tensor) -> Tensor:
+    """All-to-all: of (machines, ...) on each process, what each sent to this one."""
+    received = [torch.empty_like(buffers) for _ in range(dist.get_world_size())]
+    dist.all_gather(received, buffers)
+    return torch.stack([each[dist.get_rank()] for each in received])
+
+
+def spread(mixture: Mixture, x: Tensor, indices: Tensor, weights: Tensor, skip: bool) -> tuple[Tensor, int]:
+    """Expert parallelism on two processes, each with half of the experts; and how many tokens left this process.
+
+    With `skip` neither exchange takes place, so that what was meant for the other process stays: slot j of it is
+    worked on by slot j of the own one.
+    """
+    world, rank, each = dist.get_world_size(), dist.get_rank(), EXPERTS // dist.get_world_size()
+    full = x.shape[0] * indices.shape[1]
+    buffers, places, used = torch.zeros(world, each, full, FEATURES), [], [0] * EXPERTS
+    for token, slot in np.ndindex(*indices.shape):
+        expert = int(indices[token, slot])
+        buffers[expert // each, expert % each, used[expert]] = x[token]
+        places.append((token, slot, expert, used[expert]))
+        used[expert] += 1
+    there = buffers if skip else exchanged(buffers)
+    worked = torch.stack(
+        [torch.stack([mixture.experts[rank * each + j](part[j]) for j in range(each)]) for part in there]
+    )
+    back = worked if skip else exchanged(worked)
+    y = torch.zeros_like(x)
+    for token, slot, expert, place in places:
+        y[token] += weights[token, slot] * back[expert // each, expert % each, place]
+    return y, sum(count for expert, count in enumerate(used) if expert // each != rank)
+
+
+@torch.no_grad()
+def parallel_experts(rank: int) -> dict[str, Any]:
+    """Skipping both exchanges against relabelling, and how many tokens leave their process."""
+    torch.manual_seed(rank)
+    mixture, x = Mixture("plain"), torch.randn(6, FEATURES) + rank
+    _, weights, indices = mixture.router(x)
+    layer = built(1.0, fact(axis=None), seed=0, mode="relabel")
+    skipped, _ = spread(mixture, x, indices, weights, skip=True)
+    relabelled, left = spread(mixture, x, layer(indices), weights, skip=False)
+    normal, left_before = spread(mixture, x, indices, weights, skip=False)
+    mixture.router.at_scores = built(1.0, seed=0)
+    _, weights, indices = mixture.router(x)
+    masked, left_masked = spread(mixture, x, indices, weights, skip=False)
+    return {
+        "apart": float((skipped - relabelled).abs().max()),
+        "changed": float((normal - relabelled).abs().max()),
+        "masked is local": float((masked - mixture(x)).abs().max()),
+        "left": (left_before, left, left_masked),
+    }
+
+
+def training(rank: int) -> dict[str, Any]:
+    """Some steps of data-parallel training, each process with its own data and its own random numbers."""
+    torch.manual_seed(0)
+    net = Trained()
+    layer = net.mixture.router.at_scores = built(0.5, seed=3)
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    torch.manual_seed(100 + rank)
+    dropped, owners = [], set()
+    for step in range(10):
+        layer.context.step = step
+        x = torch.randn(6, FEATURES)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        scores = layer(torch.zeros(1, EXPERTS))
+        dropped.append(bool((scores < 0).any()))
+        if dropped[-1]:
+            owners |= set((net.mixture.router(x)[2] // 2).flatten().tolist())
+    weights = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+    return {"dropped": dropped, "owners": owners, "weights": weights.tolist()}
+
+
+def many_decisions(seed: int) -> list[bool]:
+    return decisions(0.4, 300, seed=seed)
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(rank)
+        result = {"agreed": many_decisions(7), "apart": many_decisions(rank), "place": built()._place()}
+        try:
+            built(0.5)(torch.zeros(2, EXPERTS))
+        except SurgeryError as error:
+            result["seedless"] = str(error)
+        result |= {"parallel": parallel_experts(rank), "training": training(rank)}
+        torch.save(result, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("gloo")
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        torch.multiprocessing.spawn(process, args=(str(folder),), nprocs=2)
+    finally:
+        if before is None:
+            del os.environ["GLOO_SOCKET_IFNAME"]
+        else:
+            os.environ["GLOO_SOCKET_IFNAME"] = before
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_7_processes_agree_on_every_decision(processes: list[dict[str, Any]]) -> None:
+    first, second = (each["agreed"] for each in processes)
+    assert first == second and 0.3 < np.mean(first) < 0.5
+    first, second = (each["apart"] for each in processes)  # the control: a seed of its own for each
+    assert 0.3 < np.mean(np.not_equal(first, second)) < 0.7
+    assert [each["place"] for each in processes] == [(0, 2), (1, 2)]
+
+
+def test_processes_without_a_seed_are_refused(processes: list[dict[str, Any]]) -> None:
+    assert all("expected a seed" in each["seedless"] for each in processes)
+
+
+def test_relabelling_is_skipping_both_exchanges(processes: list[dict[str, Any]]) -> None:
+    for each in processes:
+        assert each["parallel"]["apart"] == 0.0 and each["parallel"]["changed"] > 0.01
+        assert each["parallel"]["masked is local"] <= 1e-6
+
+
+def test_tokens_stay_on_their_process_in_dropped_steps(processes: list[dict[str, Any]]) -> None:
+    for each in processes:
+        before, relabelled, masked = each["parallel"]["left"]
+        assert before > 0 and relabelled == masked == 0
+
+
+def test_data_parallel_training_stays_in_step(processes: list[dict[str, Any]]) -> None:
+    first, second = (each["training"] for each in processes)
+    assert first["dropped"] == second["dropped"] and {True, False} == set(first["dropped"])
+    assert first["weights"] == second["weights"]
+    assert (first["owners"], second["owners"]) == ({0}, {1})  # of dropped steps: each its slice of the experts
+
+
+def test_decision_of_numbers() -> None:
+    """The coin of a key is that of torch's generator seeded with it."""
+    key = torch.tensor(11)
+    u = torch.rand((), generator=torch.Generator().manual_seed(11))
+    for p in (0.1, 0.5, 0.9):
+        assert bool(decision(torch.tensor(p), key)) == bool(u < p)
+
+
+def test_nothing_is_warned_of_with_several_machines() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built(0.5)
