@@ -35,11 +35,12 @@ EvalRule = Literal["expected", "full"]
 def hme_dropout(gate: Tensor, p: float | Tensor, sample: Sample = "per_sample", *, key: Tensor | None = None) -> Tensor:
     """Make the gate of a decision node, `gate` (B, ..., 1), zero with probability `p`.
 
-    One draw for each element ("per_sample"), or one for all ("per_batch"). `key`, a 0-dim int64 CPU tensor, is what the
+    One draw for each element ("per_sample"), or one for all samples ("per_batch"); several nodes, in the last axis,
+    have draws of their own. `key`, a 0-dim int64 CPU tensor, is what the
     random numbers depend on; None for torch's global generator. A SurgeryError if `p` is a number out of [0, 1].
     """
     _check(sample)
-    shape = gate.shape if sample == "per_sample" else (1,) * gate.dim()
+    shape = gate.shape if sample == "per_sample" else [1] * (gate.dim() - 1) + list(gate.shape[-1:])
     return dropped_left(gate, uniform(shape, gate.device, key) < rate_tensor(p, gate.device))
 
 
@@ -75,8 +76,8 @@ class HmeDropout(Regularizer):
         return (torch.rand(batch, 1),)
 
     def build(self, *, channel_axis: int | None, channels: int | None, shape: tuple[int, ...], site_id: str) -> None:
-        """Take the facts; a SurgeryError unless it is one gate for each sample."""
-        if len(shape) < 2 or shape[-1] != 1:
+        """Take the facts; a SurgeryError unless there is a gate for each sample."""
+        if len(shape) < 2:
             raise SurgeryError(
                 f"hme_dropout at {site_id}: expected the gate of one decision node (B, ..., 1) (pattern hme_node, edge "
                 f"gate), got a tensor of shape {shape}; leave this site out (`where: {{exclude: …}}`)"
