@@ -117,9 +117,10 @@ class Sites:
         if not isinstance(edges, tuple):
             return
         for index, at in enumerate(edges):
-            if "level_node" not in at.node.meta:  # called by a forward that stays opaque: no graph holds this edge
-                continue
-            if at.node.op != "output" and _is_thrown_away(at.node):
+            if "level_node" in at.node.meta:
+                if at.node.op != "output" and _is_thrown_away(at.node):
+                    continue
+            elif not at.layer:  # called by a forward that stays opaque: no graph holds this edge
                 continue
             yield site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
 
@@ -385,7 +386,9 @@ def _check_kind(kind: str, entry: Entry, site: Site) -> None:
 def _shared_layers(graph: fx.Graph, edits: Sequence[Edit]) -> Iterator[str]:
     """What would act where it was not asked for: a stand-in for a layer that is called elsewhere too."""
     swaps = [edit for edit in edits if edit.kind == "swap"]
-    calls = Counter(node.meta.get("module") for node in graph.nodes) if swaps else Counter()
+    nodes = [node for node in graph.nodes if "module" in node.meta] if swaps else []
+    # By their names: what lies in a module that is called again is one site.
+    calls = Counter(module for module, _, _ in {(n.meta["module"], n.meta["path"], n.meta["call"]) for n in nodes})
     for edit in swaps:
         count = calls[edit.site.at.node.meta["module"]] if edit.site.at else 0
         sites = 1 + len(edit.merged)

@@ -165,6 +165,9 @@ def _inputs_of(captured: Captured, module: nn.Module) -> Iterator[Inputs]:
     """What a leaf is called with on the example, call by call."""
     for node in captured.view.graph.nodes:
         if node.meta.get("module") is module:
+            if "level_node" not in node.meta:  # called by a forward that stays opaque
+                yield node.meta["inputs"]
+                continue
             level_node: fx.Node = node.meta["level_node"]
             call = (level_node.args, level_node.kwargs)
             yield map_tree(call, lambda item: item.meta["value"] if isinstance(item, fx.Node) else item)

@@ -132,7 +132,7 @@ def map_tree(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     if kind is slice:
         return slice(map_tree(tree.start, leaf), map_tree(tree.stop, leaf), map_tree(tree.step, leaf))
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return kind(*(map_tree(item, leaf) for item in tree))
+        return kind._make(map_tree(item, leaf) for item in tree)  # not by a constructor of its own (PackedSequence)
     if isinstance(tree, dict):
         return like_dict(kind, {key: map_tree(item, leaf) for key, item in tree.items()})
     return leaf(tree)

@@ -228,7 +228,9 @@ class Recorder(TorchFunctionMode):
 
         for call in calls:
             inputs, output = faked(call.inputs), faked(call.output)
-            made, _ = self.record_call(call.probe, inputs[0], inputs[1], call.inputs if opaque.on_data else None)
+            made: Level | Opaque | Leaf = Leaf(self.original[call.probe], self._paths[call.probe][0])
+            if not is_leaf(made.module):
+                made, _ = self.record_call(call.probe, inputs[0], inputs[1], call.inputs if opaque.on_data else None)
             opaque.components.append(Component(made, inputs, output))
         return faked(value)
 

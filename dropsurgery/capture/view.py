@@ -2,7 +2,8 @@
 
 Every node knows where it lives: `meta` holds `owner` (path of the innermost module whose forward holds it),
 `path` and `call` (its stable name), `level_node` (the node of the owner's own graph), `module` (of a leaf),
-`value` (shapes and dtypes on the example input) and `identity` (a stochastic layer that is silent in eval).
+`value` (shapes and dtypes on the example input) and `identity` (a stochastic layer that is silent in eval). What an
+opaque forward calls is in no graph of its owner: it has no `level_node`, and a leaf there has the `inputs` of its call.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class _Builder:
         self.levels: dict[str, list[Level]] = {}
         self.opaque: list[Opaque] = []
         self._given: dict[int, fx.Node] = {}
+        self._lone: Counter[str] = Counter()
 
     def root(self, call: Call, inputs: Inputs) -> None:
         """The model's own call, whose result is the graph's output."""
@@ -95,7 +97,8 @@ class _Builder:
             node.meta.update(value=fact_of(value), component=component)
             self._continue(node, value)
         result = self._call(call, None, "", tuple(fed), {})
-        result.meta["value"] = fact_of(output)
+        result.meta.update(value=fact_of(output), inputs=inputs)
+        self._name(result, self._lone)
         return result
 
     def _continue(self, node: fx.Node, value: Any) -> None:
