@@ -37,6 +37,7 @@ class FlatView:
 
     def release(self) -> None:
         """Let go of the model's modules now: a graph is one large cycle, which is freed when garbage is collected."""
+        self.graph.owning_module = None
         for node in self.graph.nodes:
             node.meta.pop("module", None)
 
@@ -176,7 +177,7 @@ class _Builder:
         if isinstance(call.module, (_DropoutNd, nn.Identity)) or (isinstance(call, Level) and not _speaks(call)):
             made.meta["identity"] = True
         if isinstance(call, Opaque):
-            made.meta["opaque"] = True
+            made.meta.update(opaque=True, reason=call.reason, line=call.line)
             self.opaque.append(call)
             self._give((args, kwargs), call.inputs)
             for part in call.components if self._components else ():
