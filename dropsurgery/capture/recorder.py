@@ -169,7 +169,10 @@ class Recorder(TorchFunctionMode):
         forward = forward_of(probe)
         if is_leaf(module):
             with self.aside():
-                return Leaf(module, path), self.values.of_leaf(module, self._shielded(probe, forward), args, kwargs)
+                value = self.values.of_leaf(module, self._shielded(probe, forward), args, kwargs)
+            if not isinstance(module, nn.Linear) or isinstance(value, torch.Tensor):
+                return Leaf(module, path), value
+            # A subclass that gives more than a linear layer does is more than one: a router with its choice.
         key = self.siblings.key(probe, args, kwargs)
         known = None if key is None else self.siblings.level_of(key, probe, args, kwargs)
         if known is not None:
