@@ -39,6 +39,7 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
     ((nn.RMSNorm,), ("norm", "rms_norm")),
     ((nn.Linear,), ("linear",)),
     ((nn.RNNBase,), ("rnn",)),
+    ((nn.RNNCellBase,), ("rnn_cell",)),
     ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), ("pool", "adaptive_pool")),
     ((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("pool", "adaptive_pool")),
     ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), ("pool", "max_pool")),
@@ -129,6 +130,7 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = _OPERATORS | {
 KINDS = frozenset(kind for kinds in _METHODS.values() for kind in kinds) | {
     "norm_act",
     "rnn",
+    "rnn_cell",
     *(f"{norm}_act" for norm in ("batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm")),
 }
 """Every word that `kinds_of` can say."""
@@ -218,7 +220,7 @@ def mixes(node: fx.Node) -> bool:
     if kind is None and node.op == "call_module":
         module = node.meta.get("module")
         return module is None or next(module.parameters(), None) is not None
-    return kind in ("conv", "conv_transpose", "linear", "rnn", "matmul", "attention")
+    return kind in ("conv", "conv_transpose", "linear", "rnn", "rnn_cell", "matmul", "attention")
 
 
 def positions(node: fx.Node) -> int | None:

@@ -117,11 +117,13 @@ class Sites:
         if not isinstance(edges, tuple):
             return
         for index, at in enumerate(edges):
-            if "level_node" not in at.node.meta:  # called by a forward that stays opaque: no graph holds this edge
+            if "level_node" in at.node.meta or at.module is not None:
+                if at.node.op != "output" and _is_thrown_away(at.node):
+                    continue
+            elif not at.layer:  # called by a forward that stays opaque: no graph holds this edge
                 continue
-            if at.node.op != "output" and _is_thrown_away(at.node):
-                continue
-            yield site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
+            site = site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
+            yield replace(site, gate=match.pattern.gate(match, edge, at)) if match.pattern.gate else site
 
     @cached_property
     def stochastic(self) -> list[Site]:
@@ -144,8 +146,8 @@ def site_at(at: Edge, pattern: str, edge: str) -> Site:
         source = data_inputs(node)[0]
     meta, value = node.meta, source.meta.get("value")
     return Site(
-        id=f"{meta['path']}#{meta['call']}:{pattern}.{edge}",
-        module=meta["path"] if node.op == "call_module" else meta["owner"],
+        id=f"{meta['path']}#{meta['call']}:{pattern}.{edge}" if at.module is None else f"{at.module}#0:{pattern}.{edge}",
+        module=at.module or (meta["path"] if node.op == "call_module" else meta["owner"]),
         pattern=pattern,
         edge=edge,
         stage=meta["stage"],
@@ -385,9 +387,11 @@ def _check_kind(kind: str, entry: Entry, site: Site) -> None:
 def _shared_layers(graph: fx.Graph, edits: Sequence[Edit]) -> Iterator[str]:
     """What would act where it was not asked for: a stand-in for a layer that is called elsewhere too."""
     swaps = [edit for edit in edits if edit.kind == "swap"]
-    calls = Counter(node.meta.get("module") for node in graph.nodes) if swaps else Counter()
+    nodes = [node for node in graph.nodes if "module" in node.meta] if swaps else []
+    # By their names: what lies in a module that is called again is one site.
+    calls = Counter(module for module, _, _ in {(n.meta["module"], n.meta["path"], n.meta["call"]) for n in nodes})
     for edit in swaps:
-        count = calls[edit.site.at.node.meta["module"]] if edit.site.at else 0
+        count = calls[edit.site.at.node.meta["module"]] if edit.site.at and edit.site.at.module is None else 0
         sites = 1 + len(edit.merged)
         if count > sites:
             yield (
@@ -449,9 +453,12 @@ def _key(at: Edge | None) -> Any:
     node = at.node
     if at.operand is not None:
         source = at.source
-        if list(source.users) != [node] or _uses(node, source) > 1:
+        users = [node, *(user for user, _ in at.also)]
+        if set(source.users) != set(users) or any(_uses(user, source) > 1 for user in users):
             return (node, at.operand)
         node = source
+    elif at.but:
+        return (node, at.but)
     while node.meta.get("identity") and len(node.all_input_nodes[0].users) == 1:
         node = node.all_input_nodes[0]
     return node

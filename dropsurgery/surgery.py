@@ -235,9 +235,10 @@ class Surgery:
         arriving: dict[str, torch.Tensor] = {}
 
         def noting(site: str) -> Any:
-            def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+                given = args[0] if isinstance(args[0], torch.Tensor) else args[0].data  # of a PackedSequence
                 own = getattr(module, "by_values", False)
-                arriving[site] = args[0].clone() if own else torch.ones((), device=args[0].device).expand(args[0].shape)
+                arriving[site] = given.clone() if own else torch.ones((), device=given.device).expand(given.shape)
 
             return note
 

@@ -21,7 +21,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from dropsurgery import SurgeryWarning, apply_recipe, strip
+from dropsurgery import SurgeryWarning, apply_recipe, get_regularizer, strip
+from dropsurgery.planning import rates_of
 from dropsurgery.recipe import bundled
 
 STEPS = 3
@@ -75,6 +76,25 @@ def detector(norm: type[nn.Module]) -> Callable[[], Case]:
     return make
 
 
+class Reader(nn.Module):
+    """A GRU on rows of numbers, read from both sides, and a classifier on its last states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(6, 8, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, last = self.gru(x)
+        return self.head(torch.cat([last[-2], last[-1]], 1))
+
+
+def reader() -> Case:
+    """A small recurrent net that no library has."""
+    rows = torch.randn(3, 7, 6)
+    return Case(Reader(), (rows,), (rows,))
+
+
 _CONVNEXT: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": WIDTHS}
 _SWIN: dict[str, Any] = {
     "img_size": 64,
@@ -86,6 +106,7 @@ _SWIN: dict[str, Any] = {
 }
 _UNET: dict[str, Any] = {"decoder_channels": (32, 16, 16, 8, 8)}
 _VIT: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
+_SEQUENCER = classifier("sequencer2d_s", 32, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32))
 _RESNET = classifier("resnet26", channels=WIDTHS, layers=(1, 1, 1, 1))
 _NASNET = classifier("nasnetalarge", stem_size=8, num_features=96)
 _VGG = classifier("vgg11_bn", mlp_ratio=0.02)
@@ -141,9 +162,11 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "stochastic_pooling_vgg": [_VGG],
     "unet_heavy": [segmenter("Unet", **_UNET), segmenter("MAnet", **_UNET)],
     "vit_heavy": [classifier("vit_tiny_patch16_224", **_VIT)],
-    "weight_drop_lstm": [classifier("sequencer2d_s", 32, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32))],
+    "weight_drop_lstm": [_SEQUENCER, reader],
     "weighted_channel_dropout_resnet": [_RESNET],
     "weighted_channel_dropout_vgg": [_VGG],
+    "zoneout_gru": [_SEQUENCER, reader],
+    "zoneout_lstm": [_SEQUENCER, reader],
 }
 SELDOM = {"focused_dropout_resnet": 1.0}  # what acts on few batches is looked at at this rate
 RUNS = [
@@ -193,7 +216,7 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def rates(gm: Any) -> dict[str, float]:
-    """The current rate of each regularizer that has one called p."""
+    """The current rate of each regularizer, the largest of several."""
     return {site: float(regularizer.p) for site, regularizer in gm.surgery.regularizers.items()}
 
 
@@ -208,7 +231,8 @@ def expected_rates(gm: Any, progress: float) -> dict[str, float]:
 def ramped(gm: Any) -> None:
     """Let ramps that are longer than this training be over, so that their noise is heard."""
     for edit in gm.surgery.plan.edits:
-        gm.surgery.regularizers[edit.site.id].set_rate("p", edit.p)
+        for name, rate in rates_of(get_regularizer(edit.regularizer), edit.arguments).items():
+            gm.surgery.regularizers[edit.site.id].set_rate(name, rate)
 
 
 def train(gm: Any, batch: tuple[Any, ...]) -> None:

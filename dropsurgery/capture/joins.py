@@ -157,7 +157,7 @@ class _Finder:
 
     def _cost(self, node: fx.Node) -> int:
         kind, weighted = self.flow.kind[node], self.flow.weighted(node)
-        layer = kind in _LAYERS or (weighted and kind in (None, "rnn") and node.op == "call_module")
+        layer = kind in _LAYERS or (weighted and kind in (None, "rnn", "rnn_cell") and node.op == "call_module")
         return _LAYER * layer + _WEIGHTED * weighted + _POOL * (kind == "pool")
 
     def _objection(self, at: int, fork: int, sides: list[_Side]) -> str | None:

@@ -2,7 +2,8 @@
 
 Every node knows where it lives: `meta` holds `owner` (path of the innermost module whose forward holds it),
 `path` and `call` (its stable name), `level_node` (the node of the owner's own graph), `module` (of a leaf),
-`value` (shapes and dtypes on the example input) and `identity` (a stochastic layer that is silent in eval).
+`value` (shapes and dtypes on the example input) and `identity` (a stochastic layer that is silent in eval). What an
+opaque forward calls is in no graph of its owner: it has no `level_node`, and a leaf there has the `inputs` of its call.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class FlatView:
 
     def release(self) -> None:
         """Let go of the model's modules now: a graph is one large cycle, which is freed when garbage is collected."""
+        self.graph.owning_module = None
         for node in self.graph.nodes:
             node.meta.pop("module", None)
 
@@ -73,6 +75,7 @@ class _Builder:
         self.levels: dict[str, list[Level]] = {}
         self.opaque: list[Opaque] = []
         self._given: dict[int, fx.Node] = {}
+        self._lone: Counter[str] = Counter()
 
     def root(self, call: Call, inputs: Inputs) -> None:
         """The model's own call, whose result is the graph's output."""
@@ -95,7 +98,8 @@ class _Builder:
             node.meta.update(value=fact_of(value), component=component)
             self._continue(node, value)
         result = self._call(call, None, "", tuple(fed), {})
-        result.meta["value"] = fact_of(output)
+        result.meta.update(value=fact_of(output), inputs=inputs)
+        self._name(result, self._lone)
         return result
 
     def _continue(self, node: fx.Node, value: Any) -> None:
@@ -173,7 +177,7 @@ class _Builder:
         if isinstance(call.module, (_DropoutNd, nn.Identity)) or (isinstance(call, Level) and not _speaks(call)):
             made.meta["identity"] = True
         if isinstance(call, Opaque):
-            made.meta["opaque"] = True
+            made.meta.update(opaque=True, reason=call.reason, line=call.line)
             self.opaque.append(call)
             self._give((args, kwargs), call.inputs)
             for part in call.components if self._components else ():

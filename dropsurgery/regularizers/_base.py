@@ -65,7 +65,9 @@ class Regularizer(nn.Module):
         shapes: what it accepts, as users read it.
         needs: what it needs besides its input, such as the host's class; empty for nothing.
         examples: arguments under which the contract's tests run it.
+        takes: names of further edges of the pattern whose tensors forward gets after the first one.
         producer: kinds of the operation that its input comes from, such as ("activation", "relu"); set before `build`.
+        gate: what is known of the gate of a mixture of experts that its site belongs to; set before `build`.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
         uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
         by_values: whether how much is dropped hangs on the values, so that `realised_drop` has to count it on them.
@@ -86,8 +88,8 @@ class Regularizer(nn.Module):
     drops: ClassVar[str] = "zero"
     uncounted: ClassVar[str] = ""
     by_values: ClassVar[bool] = False
-    takes: ClassVar[tuple[str, ...]] = ()
     learned: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[tuple[str, ...]] = ()
     random: bool = True
 
     eval_rule: str = "identity"

@@ -176,6 +176,14 @@ def _recurrent(net: nn.Module, x: Tensor) -> Tensor:
     return net.cell(last.squeeze(0))
 
 
+def _unrolled(net: nn.Module, x: Tensor) -> Tensor:
+    """A cell, step by step."""
+    state = None
+    for step in range(x.shape[1]):
+        state = net.cell(x[:, step], state)
+    return net.head(state[0])
+
+
 def _resizes(net: nn.Module, x: Tensor) -> Tensor:
     """Four that enlarge; one that shrinks, one that keeps the size, a transposed convolution of stride 1."""
     x = F.interpolate(net.conv(x), scale_factor=0.5)
@@ -343,6 +351,7 @@ NETS: dict[str, ZooModel] = {
     "gates": ZooModel(_gates_net, _IMAGE),
     "pools": _images(_pools, conv=_conv(3, 8, 3), head=partial(nn.Linear, 8, 4)),
     "recurrent": ZooModel(_recurrent_net, _TOKENS),
+    "unrolled": ZooModel(lambda: Net(_unrolled, cell=nn.LSTMCell(16, 8), head=nn.Linear(8, 4)), _TOKENS),
     "resizes": _images(
         _resizes,
         conv=_conv(3, 8, 3, padding=1),
