@@ -136,7 +136,7 @@ class Sites:
 def _is_thrown_away(node: fx.Node) -> bool:
     """Whether the model itself does not use what a node gives; where it works in place, others see what it did."""
     unused = all("identity" in kinds_of(user) and _is_thrown_away(user) for user in node.users)
-    return unused and not works_in_place(node, lambda _: node.meta["module"])
+    return unused and not node.meta.get("given") and not works_in_place(node, lambda _: node.meta["module"])
 
 
 def site_at(at: Edge, pattern: str, edge: str) -> Site:

@@ -262,7 +262,8 @@ class Recorder(TorchFunctionMode):
             Untraceable: it refuses numbers that were only made up; its caller may know the right ones.
         """
         try:
-            return self._observe(probe, data or made_up(opaque.inputs), numbers_in(probe))
+            value, calls = self._observe(probe, data or made_up(opaque.inputs), numbers_in(probe))
+            return value, calls or self._calls_of_ones(opaque, probe)
         except ModelFailed:
             raise
         except (Exception, Untraceable) as error:
@@ -271,6 +272,15 @@ class Recorder(TorchFunctionMode):
             if data is not None or alike or probe is self.start:
                 raise ModelFailed(self._refused[str(error)]) from error
             raise Untraceable(f"'{opaque.path}' refuses made-up numbers: {error}") from error
+
+    def _calls_of_ones(self, opaque: Opaque, probe: nn.Module) -> list[_Observed]:
+        """What a forward calls on ones for whole numbers: on zeros, a mask of what goes to whom, it called nothing."""
+        if not any(next(child.parameters(), None) is not None for child in probe.children()):
+            return []
+        try:
+            return self._observe(probe, made_up(opaque.inputs, whole=1), numbers_in(probe))[1]
+        except (Exception, Untraceable):  # ones are no indices there
+            return []
 
     def _observe(
         self, probe: nn.Module, inputs: Inputs, tensors: AbstractContextManager[None]

@@ -2,7 +2,7 @@
 
 Every node knows where it lives: `meta` holds `owner` (path of the innermost module whose forward holds it),
 `path` and `call` (its stable name), `level_node` (the node of the owner's own graph), `module` (of a leaf),
-`value` (shapes and dtypes on the example input) and `identity` (a stochastic layer that is silent in eval). What an
+`value` (shapes and dtypes on the example input), `given` (to or by a part that stays Python) and `identity` (a stochastic layer that is silent in eval). What an
 opaque forward calls is in no graph of its owner: it has no `level_node`, and a leaf there has the `inputs` of its call.
 """
 
@@ -111,6 +111,7 @@ class _Builder:
         """Note which node a tensor comes from, before an opaque forward passes it on."""
         if isinstance(made, fx.Node) and isinstance(value, torch.Tensor):
             self._given[id(value)] = made
+            made.meta["given"] = True
         elif isinstance(made, dict) and isinstance(value, dict):
             for key, item in made.items():
                 self._give(item, value.get(key))

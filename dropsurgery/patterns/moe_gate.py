@@ -275,15 +275,18 @@ def _output(match: Match) -> tuple[Edge, ...] | Miss:
     home = experts.home
     if not home or gate.lone:
         return Miss(_not_seen(gate, "the sum over the experts") if gate.lone else "no module holds gate and experts alone", scorer)
-    inside = [node for node in scorer.graph.nodes if _is_data(node) and within(place(node), home)]
-    last = [node for node in inside if any(not within(place(user), home) or user.op == "output" for user in node.users)]
-    if not last or "level_node" not in last[-1].meta:
-        return Miss("what the mixture gives is in no graph", scorer)
-    return (Edge(last[-1]),)
+    for node in reversed(scorer.graph.nodes):
+        if node.meta.get("owner") == home and _is_result(node):
+            return (Edge(node),)
+    return Miss(f"'{home}' stays Python, or gives nothing of its own", scorer)
 
 
-def _is_data(node: fx.Node) -> bool:
-    return node.op not in ("placeholder", "output") and node.meta.get("role") is not None and bool(shape_of(node))
+def _is_result(node: fx.Node) -> bool:
+    """Whether a tensor is what the forward that it is in gives."""
+    if node.op in ("placeholder", "output") or not shape_of(node) or "level_node" not in node.meta:
+        return False
+    level_node: fx.Node = node.meta["level_node"]
+    return any(user.op == "output" for user in level_node.users)
 
 
 def _block(match: Match) -> tuple[Edge, ...] | Miss:
