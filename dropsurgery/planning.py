@@ -146,7 +146,9 @@ def site_at(at: Edge, pattern: str, edge: str) -> Site:
         source = data_inputs(node)[0]
     meta, value = node.meta, source.meta.get("value")
     return Site(
-        id=f"{meta['path']}#{meta['call']}:{pattern}.{edge}" if at.module is None else f"{at.module}#0:{pattern}.{edge}",
+        id=f"{meta['path']}#{meta['call']}:{pattern}.{edge}"
+        if at.module is None
+        else f"{at.module}#0:{pattern}.{edge}",
         module=at.module or (meta["path"] if node.op == "call_module" else meta["owner"]),
         pattern=pattern,
         edge=edge,
@@ -234,6 +236,7 @@ class _Planner:
             self._entry(entry, f"entries[{index}] '{entry.name}'")
         edits = [edit for edits in self.placed.values() for edit in edits]
         self.problems += _shared_layers(self.sites.graph, edits)
+        self.problems += _incomplete(edits)
         hits = Counter(edit.entry for edit in edits)
         counts = {entry.name: hits[entry.name] for entry in self.recipe.entries}
         for index, entry in enumerate(self.recipe.entries):
@@ -297,12 +300,13 @@ class _Planner:
             p = _scaled(site, name, float(entry.arguments.get("p", getattr(module, name))), factor)
             return Edit(site, ADOPT, type(module).__name__, p, schedule, entry.name, {name: p})
         cls = catalogue.load("regularizers", entry.insert)
-        _check_kind(cls.kind, entry, site)
+        kind = cls.kind_by(arguments)
+        _check_kind(kind, entry, site)
         arguments = dict(entry.arguments)
         for name, value in rates_of(cls, arguments).items():
             arguments[name] = _scaled(site, name, value, factor)
         p = max(rates_of(cls, arguments).values(), default=0.0)
-        return Edit(site, cls.kind, entry.insert, arguments.get("p", p), schedule, entry.name, arguments)
+        return Edit(site, kind, entry.insert, arguments.get("p", p), schedule, entry.name, arguments)
 
     def _place(self, entry: Entry, edit: Edit) -> None:
         """Put an edit on its edge: alone, merged with an equal one, or stacked."""
@@ -398,6 +402,16 @@ def _shared_layers(graph: fx.Graph, edits: Sequence[Edit]) -> Iterator[str]:
                 f"{edit.site.id}: '{edit.site.module}' is called {count} times, of which {sites} are sites; "
                 f"{edit.regularizer} would act in all of them. Leave it out (`where: {{exclude: …}}`)"
             )
+
+
+def _incomplete(edits: Sequence[Edit]) -> Iterator[str]:
+    """What regularizers miss that need more than one place to do what they should."""
+    by_name: dict[str, list[Site]] = {}
+    for edit in edits:
+        if edit.kind != ADOPT:
+            by_name.setdefault(edit.regularizer, []).append(edit.site)
+    for name, sites in by_name.items():
+        yield from catalogue.load("regularizers", name).incomplete(sites)
 
 
 def _is_plain_sum(node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dropsurgery import catalogue
 from dropsurgery.capture import Captured, Inputs, Leaf, Level, Opaque, record
 from dropsurgery.capture.levels import is_leaf, map_tree
+from dropsurgery.capture.view import fact_of
 from dropsurgery.emission import OWN_GRAPH, drop_own_hooks, emit_owner, emit_root, empty, own_fields
 from dropsurgery.errors import CaptureError, SurgeryError, SurgeryWarning
 from dropsurgery.forwards import OWN, SLOTS, LocalEdit, leaf_level, lost
@@ -54,6 +55,7 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     copies = copy_tree(model, lambda module: empty(type(module)) if module in generated else bare(module))
     for module, path in owners.items():
         regularizers = {local: build(edit) for local, edit in by_owner[path].items()}
+        _tell_what_is_given(captured, path, regularizers)
         emit_owner(copies[module], regularizers, _levels_of(captured, path, by_owner[path]))
     for edit in edits:
         if edit.kind == "adopt":
@@ -72,6 +74,18 @@ def _levels_of(captured: Captured, path: str, edits: Collection[LocalEdit]) -> l
         return levels
     calls = [level.inputs for level in levels] or list(_inputs_of(captured, module))
     return [leaf_level(module, inputs) for inputs in calls]
+
+
+def _tell_what_is_given(captured: Captured, path: str, regularizers: Mapping[LocalEdit, nn.Module]) -> None:
+    """Tell those that stand in for a whole module what that gave on the example."""
+    for edit, regularizer in regularizers.items():
+        if edit.kind == "swap":
+            levels = captured.view.levels.get(path)
+            nodes = (
+                node for node in captured.view.graph.nodes if node.meta.get("path") == path and "value" in node.meta
+            )
+            node = next(nodes, None)
+            regularizer.returns = fact_of(levels[0].output) if levels else node and node.meta["value"]
 
 
 def _check_training(captured: Captured, homes: Mapping[str, Collection[LocalEdit]]) -> None:

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -226,12 +226,17 @@ class GatingDropout(Regularizer):
             )
 
     @classmethod
-    def incomplete(cls, sites: Iterable[Site]) -> Iterator[str]:
+    def kind_by(cls, arguments: Mapping[str, Any]) -> str:
+        """Return "swap" for a whole block, "insert" for scores or indices."""
+        return "swap" if arguments.get("expert_drop") else "insert"
+
+    @classmethod
+    def incomplete(cls, sites: Sequence[Site]) -> Iterator[str]:
         """Say at which gates scores are masked before their bias alone, or behind it alone."""
         edges: dict[str, set[str]] = {}
         for site in sites:
-            gate = getattr(site, "gate", None)
-            if gate is not None and gate.bias_corrected:
+            gate = site.gate
+            if gate is not None and gate.bias_corrected and site.edge.partition("[")[0] in ("logits", "selection"):
                 edges.setdefault(gate.gate, set()).add(site.edge.partition("[")[0])
         for gate, found in edges.items():
             missing = {"logits", "selection"} - found

@@ -75,6 +75,8 @@ class TopkAssignmentDrop(Regularizer):
         """Take the facts; a SurgeryError where there are no tokens with weights."""
         if self.gate is not None:  # weights of the chosen have no axis of all experts, and are the last one
             channel_axis = -1 if self.gate.axis is None else self.gate.axis
+            if self.gate.k == 1:  # nothing is left to be scaled, and there may be no axis for one
+                self.renormalise = False
         if len(shape) < 2 or channel_axis is None:
             raise SurgeryError(
                 f"topk_assignment_drop at {site_id}: expected weights of experts (..., k) (pattern moe_gate, edge "

@@ -398,9 +398,7 @@ def test_one_mask_does_not_do_where_a_bias_is_added() -> None:
 
 def test_one_entry_at_a_corrected_gate_is_told() -> None:
     def at(edge: str, gate: GateFact) -> Site:
-        made = Site(id=edge, module="", pattern="moe_gate", edge=edge)
-        object.__setattr__(made, "gate", gate)
-        return made
+        return Site(id=edge, module="", pattern="moe_gate", edge=edge, gate=gate)
 
     gate, free = fact(bias_corrected=True), fact(gate="b")
     assert not list(GatingDropout.incomplete([at("logits", gate), at("selection", gate), at("logits", free)]))
