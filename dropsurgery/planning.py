@@ -300,7 +300,7 @@ class _Planner:
             p = _scaled(site, name, float(entry.arguments.get("p", getattr(module, name))), factor)
             return Edit(site, ADOPT, type(module).__name__, p, schedule, entry.name, {name: p})
         cls = catalogue.load("regularizers", entry.insert)
-        kind = cls.kind_by(arguments)
+        kind = cls.kind_by(entry.arguments)
         _check_kind(kind, entry, site)
         arguments = dict(entry.arguments)
         for name, value in rates_of(cls, arguments).items():

@@ -76,16 +76,14 @@ def _levels_of(captured: Captured, path: str, edits: Collection[LocalEdit]) -> l
     return [leaf_level(module, inputs) for inputs in calls]
 
 
-def _tell_what_is_given(captured: Captured, path: str, regularizers: Mapping[LocalEdit, nn.Module]) -> None:
+def _tell_what_is_given(captured: Captured, path: str, regularizers: Mapping[LocalEdit, Any]) -> None:
     """Tell those that stand in for a whole module what that gave on the example."""
     for edit, regularizer in regularizers.items():
-        if edit.kind == "swap":
-            levels = captured.view.levels.get(path)
-            nodes = (
-                node for node in captured.view.graph.nodes if node.meta.get("path") == path and "value" in node.meta
-            )
-            node = next(nodes, None)
-            regularizer.returns = fact_of(levels[0].output) if levels else node and node.meta["value"]
+        if edit.kind != "swap":
+            continue
+        levels = captured.view.levels.get(path)
+        calls = (node.meta for node in captured.view.graph.nodes if node.meta.get("path") == path)
+        regularizer.returns = fact_of(levels[0].output) if levels else next(calls, {}).get("value")
 
 
 def _check_training(captured: Captured, homes: Mapping[str, Collection[LocalEdit]]) -> None:

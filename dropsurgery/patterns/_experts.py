@@ -99,9 +99,7 @@ def taken_by(scores: Scores) -> Experts | None:
     for node in _consumers(scores):
         weights = [source for source in tensor_inputs(node) if source.meta["role"] is None]
         if any(_leading(source, scores.experts) for source in weights) and (mixes(node) or name_of(node) == "getitem"):
-            return Experts(
-                parent(place(node)) if place(node) != scores.scorer.meta["owner"] else place(node), stacked=place(node)
-            )
+            return Experts(parent(place(node)) if place(node) != scores.scorer.meta["owner"] else place(node), stacked=place(node))
         owner = place(node)
         if root is None or within(scores.scorer.meta["owner"], owner) or within(place(scores.scorer), owner):
             continue
@@ -146,9 +144,7 @@ def mixed(scores: Scores) -> tuple[Experts | None, str]:
             if kind_of(user) == "mul":
                 reason = "it scales what it is multiplied with, and mixes no experts (squeeze and excitation)"
             elif kind_of(user) == "matmul":
-                reason = (
-                    "what it weights are no experts: neither stacked branches nor slices of a parameter (attention)"
-                )
+                reason = "what it weights are no experts: neither stacked branches nor slices of a parameter (attention)"
     return None, reason
 
 

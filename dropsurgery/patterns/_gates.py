@@ -100,11 +100,7 @@ def _scorer(node: fx.Node) -> tuple[int, Operand | None, str | None] | None:
         return -1, operand, None
     if name_of(node) == "einsum":
         axis = _einsum_axis(node, data[0])
-        return (
-            (axis, operand, None)
-            if axis is not None
-            else (-1, operand, "its weights give more axes than that of the experts")
-        )
+        return (axis, operand, None) if axis is not None else (-1, operand, "its weights give more axes than that of the experts")
     tensors = [item for item in node.args if isinstance(item, fx.Node)]
     first = tensors[:1] == [data[0]] or name_of(node) in ("addmm", "baddbmm")
     return -1 if first else -2, operand, None
@@ -125,11 +121,7 @@ def _objection(scores: Scores) -> str | None:
     """Why scores are not those of experts, whatever takes them."""
     if scores.across:
         node = scores.across[0]
-        over = (
-            "tokens choose no expert there, experts choose tokens"
-            if name_of(node) in CHOICES
-            else "over tokens, not experts"
-        )
+        over = "tokens choose no expert there, experts choose tokens" if name_of(node) in CHOICES else "over tokens, not experts"
         return f"{called(node)} over axis {axis_of(node)}, and the experts' is {scores.axis}: {over}"
     if scores.experts == 1:
         return "a gate of one: with E = 1 there is nothing to choose from"
@@ -149,9 +141,7 @@ def _sparse(scores: Scores, operand: Operand) -> Gate | Refusal:
         return Refusal(f"{called(choice)} of scores that no softmax or sigmoid makes weights of", 2)
     experts = _experts(scores, choice)
     if experts is None:
-        return Refusal(
-            f"candidate: {order} over {scores.experts} scores, but no {scores.experts} experts are in sight", 3
-        )
+        return Refusal(f"candidate: {order} over {scores.experts} scores, but no {scores.experts} experts are in sight", 3)
     corrected = _corrected(scores, before)
     weights, axis = _weights(scores, choice, activation)
     return Gate(scores, operand, experts, activation, kind, choice, order, corrected, weights, axis)
@@ -207,24 +197,14 @@ def _weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> tuple[fx.N
         return None, None
     node = start
     while True:
-        users = [
-            user for user in tensor_users(node) if _goes_on(user, node, scores) and within(user.meta["owner"], home)
-        ]
+        users = [user for user in tensor_users(node) if _goes_on(user, node, scores) and within(user.meta["owner"], home)]
         if len(users) != 1:
             break
         node = users[0]
-    while (
-        kind_of(node) == "layout" and len(shape_of(node)) != len(shape_of(data_inputs(node)[0])) and node is not start
-    ):
+    while kind_of(node) == "layout" and len(shape_of(node)) != len(shape_of(data_inputs(node)[0])) and node is not start:
         node = data_inputs(node)[0]
     alias = scores.aliases.get(node)
-    axis = (
-        alias.axis
-        if alias is not None
-        else -1
-        if shape_of(node)[-1:] == (scores.experts,) and _spread(node, scores)
-        else None
-    )
+    axis = alias.axis if alias is not None else -1 if shape_of(node)[-1:] == (scores.experts,) and _spread(node, scores) else None
     return node, axis
 
 
@@ -244,9 +224,7 @@ def _first_weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> fx.N
 
 
 def _only_compares(node: fx.Node) -> bool:
-    return name_of(node) in ("lt", "le", "gt", "ge", "eq", "ne") or (
-        name_of(node) == "getitem" and all(map(_only_compares, tensor_users(node)))
-    )
+    return name_of(node) in ("lt", "le", "gt", "ge", "eq", "ne") or (name_of(node) == "getitem" and all(map(_only_compares, tensor_users(node))))
 
 
 def _of_scores(node: fx.Node, scores: Scores) -> bool:
@@ -254,9 +232,7 @@ def _of_scores(node: fx.Node, scores: Scores) -> bool:
     return source in scores.aliases
 
 
-_KEPT = frozenset(
-    {"to", "float", "type", "type_as", "clamp", "add", "iadd", "itruediv", "truediv", "div", "mul", "imul"}
-)
+_KEPT = frozenset({"to", "float", "type", "type_as", "clamp", "add", "iadd", "itruediv", "truediv", "div", "mul", "imul"})
 
 
 def _goes_on(user: fx.Node, node: fx.Node, scores: Scores) -> bool:
@@ -300,9 +276,7 @@ def _last(scores: Scores, alias: Alias) -> Alias:
     """The weights after all that scales them."""
     while True:
         after = [scores.aliases[user] for user in tensor_users(alias.node) if user in scores.aliases]
-        after = [
-            each for each in after if kind_of(each.node) != "layout" or shape_of(each.node) == shape_of(alias.node)
-        ]
+        after = [each for each in after if kind_of(each.node) != "layout" or shape_of(each.node) == shape_of(alias.node)]
         users = [user for user in tensor_users(alias.node) if user not in scores.derived]
         if len(after) != 1 or users:
             return alias
@@ -332,11 +306,7 @@ def returned(gate: Gate) -> bool:
     """Whether raw logits leave the module that makes them."""
     for alias in gate.scores.logits:
         level_node = alias.node.meta.get("level_node")
-        if (
-            level_node is not None
-            and any(user.op == "output" for user in level_node.users)
-            and gate.activation is not None
-        ):
+        if level_node is not None and any(user.op == "output" for user in level_node.users) and gate.activation is not None:
             return True
     return False
 
@@ -367,9 +337,7 @@ def count_of(gate: Gate) -> int | None:
         k = argument(gate.choice, 1, "k")
         return k if isinstance(k, int) else None
     if name_of(gate.choice) in ("argmax", "max"):
-        return len(
-            {source for c in gate.scores.choices if name_of(c) in ("argmax", "max") for source in data_inputs(c)}
-        )
+        return len({source for c in gate.scores.choices if name_of(c) in ("argmax", "max") for source in data_inputs(c)})
     return None
 
 

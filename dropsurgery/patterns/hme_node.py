@@ -57,9 +57,13 @@ def _parts(gate: fx.Node) -> _Parts | str:
 def _is_rest(node: fx.Node) -> bool:
     """Whether a node is 1 minus its only tensor."""
     if node.target is operator.sub:
-        return len(node.args) == 2 and node.args[0] == 1
+        return len(node.args) == 2 and _is_one(node.args[0])
     reversed_sub = node.target in (torch.rsub, "rsub", "__rsub__")
-    return reversed_sub and len(node.args) == 2 and node.args[1] == 1 and not node.kwargs
+    return reversed_sub and len(node.args) == 2 and _is_one(node.args[1]) and not node.kwargs
+
+
+def _is_one(item: object) -> bool:
+    return isinstance(item, (int, float)) and item == 1
 
 
 def _listed(nodes: list[fx.Node]) -> str:

@@ -58,12 +58,8 @@ def _hidden_gate(node: fx.Node) -> Miss:
         return Miss("a forward that stays Python", node)
     for home in dict.fromkeys((path, path.rpartition(".")[0])):
         listed = [child for child in root.get_submodule(home).modules() if _lists(child)]
-        inside = [
-            other for other in node.graph.nodes if other is not node and within(other.meta.get("owner", "-"), home)
-        ]
-        if listed and not any(
-            isinstance(gate_at(other), Gate) for other in inside if kind_of(other) in ("linear", "matmul")
-        ):
+        inside = [other for other in node.graph.nodes if other is not node and within(other.meta.get("owner", "-"), home)]
+        if listed and not any(isinstance(gate_at(other), Gate) for other in inside if kind_of(other) in ("linear", "matmul")):
             why = f"{node.meta['reason']}, at {node.meta['line']}" if node.meta.get("line") else node.meta["reason"]
             return Miss(f"unsupported: '{path}' stays Python ({why})", node, 3)
     return Miss("a forward that stays Python", node)
@@ -104,11 +100,7 @@ def _decides(gate: Gate, node: fx.Node) -> list[fx.Node]:
     for user in tensor_users(node):
         if user.op == "output" or (user in scores.aliases and not scores.aliases[user].scores):
             continue
-        if (
-            user in scores.aliases
-            or user in scores.choices
-            or (user in scores.derived and _leads_to_choice(user, gate))
-        ):
+        if user in scores.aliases or user in scores.choices or (user in scores.derived and _leads_to_choice(user, gate)):
             found.append(user)
     return found
 
@@ -150,11 +142,7 @@ def _common(gate: Gate, sources: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]]
     if not shared:
         return None
     source = shared[0]
-    users = [
-        user
-        for user in tensor_users(source)
-        if user.op != "output" and (any(user in way for way in ways) or user in _decides(gate, source))
-    ]
+    users = [user for user in tensor_users(source) if user.op != "output" and (any(user in way for way in ways) or user in _decides(gate, source))]
     if any(_gives_out(node, gate) for way in ways for node in way[: way.index(source)]):
         return None
     return source, users
@@ -220,9 +208,7 @@ def _hidden(match: Match) -> tuple[Edge, ...] | Miss:
         lasts = [_last_layer(graph, path) for path in experts.modules]
         edges = [Edge(layer, operand) for layer, operand in filter(None, lasts)]
         whole = len(edges) == len(lasts)
-        return (
-            tuple(edges) if whole else Miss("the experts have no hidden units, or are in no graph", gate.scores.scorer)
-        )
+        return tuple(edges) if whole else Miss("the experts have no hidden units, or are in no graph", gate.scores.scorer)
     if gate.choice is None and experts.stacked is not None:
         return Miss("the experts are weights that are summed, without units of their own", gate.scores.scorer)
     if experts.stacked is not None:
@@ -234,9 +220,7 @@ def _hidden(match: Match) -> tuple[Edge, ...] | Miss:
 
 def _last_layer(graph: fx.Graph, expert: str) -> tuple[fx.Node, int] | None:
     """The last of several layers of an expert, and where it takes the hidden units."""
-    layers = [
-        node for node in graph.nodes if _is_layer(node) and within(place(node), expert) and "level_node" in node.meta
-    ]
+    layers = [node for node in graph.nodes if _is_layer(node) and within(place(node), expert) and "level_node" in node.meta]
     if len(layers) < 2:
         return None
     operand = operand_of(layers[-1], data_inputs(layers[-1])[0])
@@ -258,11 +242,7 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: object) -> list[Edge]:
             weight = _parameter(source, experts)
             if weight is not None and data_inputs(node):
                 by_weight.setdefault(weight, []).append(node)
-    products = [
-        nodes
-        for nodes in by_weight.values()
-        if any(len(shape_of(weight)) > 2 for weight in by_weight if by_weight[weight] is nodes)
-    ]
+    products = [nodes for nodes in by_weight.values() if any(len(shape_of(weight)) > 2 for weight in by_weight if by_weight[weight] is nodes)]
     if len(products) < 2:
         return []
     edges = []
@@ -294,10 +274,7 @@ def _output(match: Match) -> tuple[Edge, ...] | Miss:
         return Miss("the experts are weights that are summed", scorer) if kernels else (Edge(experts.mixed),)
     home = experts.home
     if not home or gate.lone:
-        return Miss(
-            _not_seen(gate, "the sum over the experts") if gate.lone else "no module holds gate and experts alone",
-            scorer,
-        )
+        return Miss(_not_seen(gate, "the sum over the experts") if gate.lone else "no module holds gate and experts alone", scorer)
     for node in reversed(scorer.graph.nodes):
         if node.meta.get("owner") == home and _is_result(node):
             return (Edge(node),)
@@ -321,11 +298,7 @@ def _block(match: Match) -> tuple[Edge, ...] | Miss:
 
 
 def _not_seen(gate: Gate, what: str) -> str:
-    return (
-        f"{what} are in no graph: the gate's forward stays Python, and its layer alone is in reach"
-        if gate.lone
-        else f"{what} are not told apart"
-    )
+    return f"{what} are in no graph: the gate's forward stays Python, and its layer alone is in reach" if gate.lone else f"{what} are not told apart"
 
 
 # -- facts -----------------------------------------------------------------------------------------------------------

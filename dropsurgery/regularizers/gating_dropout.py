@@ -104,7 +104,7 @@ def gating_dropout(
     _check_mode(mode)
     count = x.shape[axis] if mode == "mask" else experts
     require(count is not None, "experts", "their number where indices are relabelled", count)
-    parts = _machines(count, machines)  # type: ignore[arg-type]
+    parts = _machines(count, machines)
     dropped = decision(rate_tensor(p, x.device), key)
     if mode == "mask":
         shape = [1 if i == axis % x.dim() else length for i, length in enumerate(x.shape)]
@@ -238,11 +238,11 @@ class GatingDropout(Regularizer):
             gate = site.gate
             if gate is not None and gate.bias_corrected and site.edge.partition("[")[0] in ("logits", "selection"):
                 edges.setdefault(gate.gate, set()).add(site.edge.partition("[")[0])
-        for gate, found in edges.items():
+        for name, found in edges.items():
             missing = {"logits", "selection"} - found
             if len(missing) == 1:
                 yield (
-                    f"{_NAME} at gate {gate}: it adds a bias between scores and choice, so that they have to be masked "
+                    f"{_NAME} at gate {name}: it adds a bias between scores and choice, so that they have to be masked "
                     f"before it and behind it; add an entry on `pattern: moe_gate, edge: {missing.pop()}`"
                 )
 

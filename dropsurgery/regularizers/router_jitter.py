@@ -77,7 +77,8 @@ class _DrawnTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         p, key = ctx.saved_tensors
-        return _jittered(grad, p, *ctx.options, key), None, None, None, None
+        epsilon, axis = ctx.options
+        return _jittered(grad, p, epsilon, axis, key), None, None, None, None
 
 
 class RouterJitter(Regularizer):
