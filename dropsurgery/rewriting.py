@@ -82,8 +82,8 @@ def _tell_what_is_given(captured: Captured, path: str, regularizers: Mapping[Loc
         if edit.kind != "swap":
             continue
         levels = captured.view.levels.get(path)
-        calls = (node.meta for node in captured.view.graph.nodes if node.meta.get("path") == path)
-        regularizer.returns = fact_of(levels[0].output) if levels else next(calls, {}).get("value")
+        known = [node.meta.get("value") for node in captured.view.graph.nodes if node.meta.get("path") == path]
+        regularizer.returns = fact_of(levels[0].output) if levels else next(iter(known), None)
 
 
 def _check_training(captured: Captured, homes: Mapping[str, Collection[LocalEdit]]) -> None:
