@@ -44,6 +44,11 @@ _SMALL = {
     "shared_intermediate_size": 16, "intermediate_size_mlp": 48, "router_hidden_size": 16, "moe_latent_size": 32,
     "moe_shared_expert_intermediate_size": 16,
 }  # fmt: skip
+# Where the default configuration has none, or one.
+_COUNTS = {
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "top_k_experts": 2, "num_experts_per_tok": 2,
+    "moe_topk": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
 _TOKENS = (2, 6)
 
 
@@ -231,9 +236,10 @@ def _fields(kind: type) -> list[str]:
 
 
 def _shrunk(config: Any) -> Any:
-    for name, value in _SMALL.items():
-        if isinstance(getattr(config, name, None), int):
-            with contextlib.suppress(Exception):
+    for name, value in (*_SMALL.items(), *_COUNTS.items()):
+        with contextlib.suppress(Exception):
+            known = getattr(config, name, "")
+            if known != "" and (known in (None, 1) if name in _COUNTS else isinstance(known, int)):
                 setattr(config, name, value)
     for inner in ("ffn_config", "text_config"):
         if hasattr(getattr(config, inner, None), "to_dict"):
