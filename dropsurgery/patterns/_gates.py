@@ -136,6 +136,8 @@ def _objection(scores: Scores) -> str | None:
 def _sparse(scores: Scores, operand: Operand) -> Gate | Refusal:
     choice = max(scores.choices)
     before = _source(scores, choice)
+    if not before.scores:  # the second of two choices may be made on the logits again
+        before = next((each for c in scores.choices if (each := _source(scores, c)).scores), before)
     activation, kind, order = _activation(scores, choice, before)
     if activation is None:
         return Refusal(f"{called(choice)} of scores that no softmax or sigmoid makes weights of", 2)
@@ -176,17 +178,30 @@ def _experts(scores: Scores, choice: fx.Node) -> Experts | None:
 
 
 def _corrected(scores: Scores, before: Alias) -> fx.Node | None:
-    """The sum with a bias, if others than the choice see the scores without it."""
-    add = before.corrected
-    if add is None:
-        return None
-    plain = scores.aliases[add].before
-    used = [user for user in tensor_users(plain) if user is not add] if plain is not None else []
-    return add if used and plain is not scores.scorer or any(_looks_up(user) for user in used) else None
+    """The sum with a bias, if the weights are looked up in scores without it."""
+    plain = [scores.aliases[node.args[0]] for node in scores.derived if _looks_up(node, scores)]
+    return before.corrected if any(alias.corrected is None for alias in plain) else None
 
 
-def _looks_up(node: fx.Node) -> bool:
-    return name_of(node) in ("gather", "getitem", "take_along_dim", "index_select")
+def _looks_up(node: fx.Node, scores: Scores) -> bool:
+    """Whether a node takes the scores of the chosen out of all."""
+    if not node.args or node.args[0] not in scores.aliases:
+        return False
+    by_place = any(each in scores.derived for each in data_inputs(node)[1:])
+    return name_of(node) in _LOOKUPS and by_place or (name_of(node) in ("mul", "where", "masked_fill") and by_place and _comes_from_choice(node, scores))
+
+
+_LOOKUPS = frozenset({"gather", "getitem", "take_along_dim", "index_select"})
+
+
+def _comes_from_choice(node: fx.Node, scores: Scores) -> bool:
+    """Whether a mask of the chosen is what a node takes besides."""
+    seen: list[fx.Node] = data_inputs(node)[1:]
+    for each in seen:  # it grows meanwhile
+        if each in scores.choices:
+            return True
+        seen += [source for source in data_inputs(each) if source in scores.derived and source not in seen]
+    return False
 
 
 def _weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> tuple[fx.Node | None, int | None]:
@@ -263,6 +278,8 @@ def _spread(node: fx.Node, scores: Scores) -> bool:
 def _dense(scores: Scores, operand: Operand) -> Gate | Refusal:
     activation = scores.activations[0]
     alias = scores.aliases[activation]
+    if any(name_of(user) in _LOOKUPS - {"getitem"} for each in scores.aliases for user in tensor_users(each)):
+        return Refusal("the experts are looked up, not chosen by their scores: a hash router", 2)
     if alias.scores not in ("softmax", "sigmoid"):
         return Refusal(f"{alias.scores} of a layer, and no gate", 0)
     experts, reason = mixed(scores)

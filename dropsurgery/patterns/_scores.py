@@ -24,7 +24,7 @@ _POINTWISE = frozenset(
 )
 _ARITHMETIC = frozenset({"add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv", "div_", "where"})
 _MASKED = frozenset({"masked_fill", "where"})
-_COMPARED = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "less", "greater", "less_equal", "greater_equal"})
+_COMPARED = frozenset({"lt", "le", "gt", "ge", "less", "greater", "less_equal", "greater_equal"})
 _MOST = 200
 
 
@@ -293,19 +293,11 @@ def compared_with_maximum(scores: Scores) -> fx.Node | None:
 def _by_maximum(mask: fx.Node, scores: Scores) -> bool:
     if name_of(mask) not in _COMPARED:
         return False
-    seen: set[fx.Node] = set()
-    queue = [mask]
-    while queue:
-        node = queue.pop()
-        if node in seen or node in scores.aliases:
-            continue
-        seen.add(node)
-        if name_of(node) in ("topk", "sort", "kthvalue"):
-            return False
-        if name_of(node) in ("max", "amax"):
-            return True
-        queue += data_inputs(node)
-    return False
+    behind, names = [mask], set()
+    for node in behind:  # it grows meanwhile
+        names.add(name_of(node))
+        behind += [source for source in data_inputs(node) if source in scores.derived and source not in behind]
+    return not names.isdisjoint(("max", "amax")) and names.isdisjoint(("topk", "sort", "kthvalue"))
 
 
 def reach(start: fx.Node, limit: int = 4000) -> Iterator[fx.Node]:

@@ -292,9 +292,21 @@ def _is_result(node: fx.Node) -> bool:
 def _block(match: Match) -> tuple[Edge, ...] | Miss:
     gate = _gate(match)
     home = gate.experts.home
-    if not home:
+    if not home or _holds_more(gate, home):
         return Miss("no module holds gate and experts alone", gate.scores.scorer)
     return (Edge(gate.scores.scorer, layer=True, module=home),)
+
+
+def _holds_more(gate: Gate, home: str) -> bool:
+    """Whether a module does more than to mix experts: it adds its own input to the result, or attends."""
+    for node in gate.scores.scorer.graph.nodes:
+        if not within(node.meta.get("owner", "-"), home):
+            continue
+        join = node.meta.get("join")
+        inside = any(within(place(node), path) for path in gate.experts.modules)
+        if (join is not None and join.shortcut is not None and not inside) or kind_of(node) == "attention":
+            return True
+    return False
 
 
 def _not_seen(gate: Gate, what: str) -> str:
