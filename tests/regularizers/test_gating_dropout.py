@@ -697,6 +697,29 @@ def training(rank: int) -> dict[str, Any]:
     return {"dropped": dropped, "owners": owners, "weights": weights.tolist()}
 
 
+def skipped_training(rank: int) -> dict[str, Any]:
+    """Data-parallel training in which whole mixtures are skipped, on both processes in the same steps."""
+    torch.manual_seed(0)
+    net = Trained()
+    mixture = net.mixture
+    layer = net.mixture = skipping(0.5, mixture, seed=4)
+    layer.context.one_batch = lambda: True
+    net.hosted = mixture  # where the wrapped model finds its parameters
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    torch.manual_seed(100 + rank)
+    skipped = []
+    for step in range(8):
+        layer.context.step = step
+        optimizer.zero_grad()
+        y = layer(torch.randn(1, 6, FEATURES))
+        skipped.append(not y.any())
+        model(torch.randn(6, FEATURES)).square().mean().backward()
+        optimizer.step()
+    weights = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+    return {"skipped": skipped, "weights": weights.tolist()}
+
+
 def many_decisions(seed: int) -> list[bool]:
     return decisions(0.4, 300, seed=seed)
 
@@ -711,7 +734,7 @@ def process(rank: int, folder: str) -> None:
             built(0.5)(torch.zeros(2, EXPERTS))
         except SurgeryError as error:
             result["seedless"] = str(error)
-        result |= {"parallel": parallel_experts(rank), "training": training(rank)}
+        result |= {"parallel": parallel_experts(rank), "training": training(rank), "skipping": skipped_training(rank)}
         torch.save(result, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -761,6 +784,11 @@ def test_data_parallel_training_stays_in_step(processes: list[dict[str, Any]]) -
     assert first["dropped"] == second["dropped"] and {True, False} == set(first["dropped"])
     assert first["weights"] == second["weights"]
     assert (first["owners"], second["owners"]) == ({0}, {1})  # of dropped steps: each its slice of the experts
+
+
+def test_data_parallel_training_skips_the_same_mixtures(processes: list[dict[str, Any]]) -> None:
+    first, second = (each["skipping"] for each in processes)
+    assert first == second and set(first["skipped"]) == {True, False}
 
 
 def test_decision_of_numbers() -> None:
