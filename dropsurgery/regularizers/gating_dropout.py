@@ -8,8 +8,8 @@ machine e // n; token t is on machine r(t).
     mode relabel   a chosen expert e (..., k) becomes r(t) * n + e mod n, and its weight is kept
     expert_drop    the whole block gives zeros, and nothing in it is called (Gate-Expert-Drop)
 
-p is the share of dropped steps. Nothing is rescaled. Relabelling equals to skip the exchange of tokens before and after
-the experts, whatever the weights; masking lets the gate choose among the local experts, so that weights which are
+p is the share of dropped steps. Nothing is rescaled. Relabelling is what comes of leaving out the exchange of tokens
+before and after the experts, as a public implementation (NLLB's branch of fairseq) does; masking lets the gate choose among the local experts, so that weights which are
 normalised add up to 1. With one expert a machine the two agree where weights are normalised over the chosen; else a
 masked gate gives the local expert the weight 1 (softmax), a relabelled one the weight of the expert that was chosen.
 Masking acts on the way to the choice alone: raw logits that a router returns, and the balance losses made of them, are
@@ -26,9 +26,12 @@ Which machines:
   one process, it is the identity; a SurgeryWarning says so.
 
 All processes have to agree on the steps. The decision is a hash of seed, step and gate: nothing is communicated, and a
-forward that checkpointing repeats meets the same. Without a seed several processes are refused. The source tells
-neither whether a step's decision holds for all gates (`scope: model`, else `layer`), nor what share is right. With
-`per: microbatch` each forward whose gradients are added up has its own.
+forward that checkpointing repeats meets the same. Without a seed several processes are refused.
+
+Not established by the source as it was read: its rates (the default is the library's choice); whether a step's decision
+holds for all gates (`scope: model`) or each gate has its own (`layer`, as in two public implementations); what weight a
+local expert gets (the two modes); whether Gate-Expert-Drop tosses a second coin (here every dropped step skips). With
+`per: microbatch` each forward whose gradients are added up has a decision of its own.
 
 With `expert_drop` the parameters in a block that is skipped get no gradient: DistributedDataParallel wants
 `find_unused_parameters=True`. A compiled graph computes the block all the same, and drops what it gives. Where all
