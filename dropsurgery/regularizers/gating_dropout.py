@@ -9,9 +9,11 @@ machine e // n; token t is on machine r(t).
     expert_drop    the whole block gives zeros, and nothing in it is called (Gate-Expert-Drop)
 
 p is the share of dropped steps. Nothing is rescaled. Relabelling is what comes of leaving out the exchange of tokens
-before and after the experts, as a public implementation (NLLB's branch of fairseq) does; masking lets the gate choose among the local experts, so that weights which are
-normalised add up to 1. With one expert a machine the two agree where weights are normalised over the chosen; else a
-masked gate gives the local expert the weight 1 (softmax), a relabelled one the weight of the expert that was chosen.
+before and after the experts, as a public implementation (NLLB's branch of fairseq) does; masking lets the gate choose
+among the local experts, so that weights which are normalised add up to 1. With one expert a machine the two agree where
+weights are normalised over the chosen; else a masked gate gives the local expert the weight 1 (softmax), a relabelled
+one the weight of the expert that was chosen.
+
 Masking acts on the way to the choice alone: raw logits that a router returns, and the balance losses made of them, are
 the true ones. Where a bias is added between scores and choice, scores have to be masked behind it once more (edge
 selection).
