@@ -145,13 +145,13 @@ def build(edit: Edit) -> nn.Module:
     site = edit.site
     try:
         made = catalogue.load("regularizers", edit.regularizer)(**edit.arguments)
-        made.producer = site.producer
+        made.producer, made.gate = site.producer, site.gate
         if getattr(made, "asks_behind", False) and site.at is not None:
             made.behind = behind(site.at)
         made.images = _images(site)
         made.build(channel_axis=site.channel_axis, channels=site.channels, shape=site.shape, site_id=site.id)
         if edit.kind == "swap" and site.at is not None:
-            made.bind(site.at.node.meta["module"])
+            made.bind(site.at.layer_module())
     except SurgeryError as error:
         raise PlanError(f"entry '{edit.entry}' at {site.id} (shape {list(site.shape)}): {error}") from error
     module: nn.Module = made

@@ -17,7 +17,7 @@ from dropsurgery.capture import Leaf, Level, Opaque, record
 from dropsurgery.capture.view import flat_view
 from dropsurgery.emission import example_of
 from dropsurgery.errors import SurgeryError
-from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, leaf_level, spread, whole_call
+from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, leaf_level, spread, stands_in, whole_call
 from dropsurgery.graph import build_result
 from dropsurgery.trees import HOOKS, attribute_at, own_class
 
@@ -56,7 +56,7 @@ def flatten(gm: nn.Module) -> fx.GraphModule:
     root = record(gm, *example_of(gm), share=False)  # their graphs are changed below
     for level in list(_levels(root)):
         _edited(level)
-    if isinstance(root, Level) and _says_all(root):
+    if isinstance(root, Level) and _says_all(root) and not stands_in(gm):
         graph = flat_view(root, inline=_inlined).graph
         build_result(graph)
         return fx.GraphModule(gm, graph)
@@ -71,7 +71,9 @@ def _levels(call: Level | Opaque | Leaf) -> Iterator[Level]:
     yield call
     for node, child in call.children.items():
         owner: Owner | None = child.module.__dict__.get("_owner")
-        if isinstance(child, Leaf) and owner is not None and all(edit.kind != "swap" for edit in owner.edits):
+        if stands_in(child.module):
+            call.children[node] = child = Leaf(child.module, child.path)
+        elif isinstance(child, Leaf) and owner is not None:
             call.children[node] = child = leaf_level(child.module, ((), {}), child.path)
         yield from _levels(child)
 
@@ -106,7 +108,7 @@ def _owns(level: Level) -> bool:
 
 def _says_all(level: Level) -> bool:
     """Whether a level's graph may stand for its module in both modes, with nothing run around it."""
-    if level.random or level.regions or any(getattr(level.module, name) for name in HOOKS):
+    if level.random or level.regions or level.sets or any(getattr(level.module, name) for name in HOOKS):
         return False
     if not level.reads_training:
         return True

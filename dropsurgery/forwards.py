@@ -26,9 +26,12 @@ from dropsurgery.capture.levels import map_tree
 from dropsurgery.errors import CaptureError, SurgeryError
 from dropsurgery.graph import (
     LocalName,
+    Operand,
+    argument_of,
     build_result,
     carve,
     combine,
+    give_more,
     insert_after,
     insert_on,
     local_names,
@@ -53,7 +56,8 @@ class LocalEdit:
     """An edit within its owner: on the output of a node, or (with `operand`) on one of its arguments.
 
     `kind`: the regularizer comes after the node ("insert"), or takes its place, be it a sum ("combine") or the call of
-    a layer's own forward ("swap").
+    a layer's own forward ("swap"). `also` are arguments of other nodes that take the result of the same call, `but` the
+    users that keep the value as it was, `takes` the arguments whose tensors the regularizer gets besides.
     """
 
     name: LocalName
@@ -61,6 +65,9 @@ class LocalEdit:
     slot: str
     site_id: str
     kind: str = "insert"
+    also: tuple[tuple[LocalName, Operand], ...] = ()
+    but: tuple[LocalName, ...] = ()
+    takes: tuple[tuple[LocalName, Operand], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ def install(module: nn.Module, owner: Owner, level: Level | None = None) -> None
     if level.reads_training:
         other = _recorded(module, args, kwargs, training=True)
         _note(owner, other)
-        owner.by_mode = graph_key(level.graph) != graph_key(other.graph)
+        owner.by_mode = graph_key(level.graph) != graph_key(other.graph) or level.sets != other.sets
         if owner.by_mode:
             variants = {False: _variant(module, owner, level), True: _variant(module, owner, other)}
     for mode, variant in variants.items():
@@ -170,7 +177,7 @@ def install(module: nn.Module, owner: Owner, level: Level | None = None) -> None
 
 def tell_apart(module: nn.Module, levels: list[Level]) -> None:
     """A module that is called several times: where its calls differ in their graphs, compare signatures exactly."""
-    if len({graph_key(level.graph) for level in levels}) == 1:
+    if len({graph_key(level.graph) for level in levels}) == 1 and all(level.sets == levels[0].sets for level in levels):
         return
     owner: Owner = module.__dict__["_owner"]
     owner.exact = True
@@ -200,12 +207,20 @@ def _note(owner: Owner, level: Level) -> None:
 
 
 def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool | None) -> Level:
+    if stands_in(module):
+        return leaf_level(module, (args, kwargs))
     level = record(module, args, kwargs, training=training)
     if isinstance(level, Level):
         return level
     if isinstance(level, Leaf):
         return leaf_level(module, (args, kwargs))
     raise CaptureError(f"the forward of {own_class(module).__name__} cannot be recorded as it is now: {level.reason}")
+
+
+def stands_in(module: nn.Module) -> bool:
+    """Whether a regularizer stands in for the forward of a module, whatever that holds."""
+    owner: Owner | None = module.__dict__.get("_owner")
+    return owner is not None and any(edit.kind == "swap" for edit in owner.edits)
 
 
 def leaf_level(module: nn.Module, inputs: Inputs, path: str = "") -> Level:
@@ -221,9 +236,21 @@ def _variant(module: nn.Module, owner: Owner, level: Level) -> Variant:
         slots: Slots = getattr(module, SLOTS)
         name = f"region{len(slots._modules)}"
         slots.add_module(name, Region(module, _compiled(carve(graph, nodes, f"{SLOTS}.{name}")), rerun))
+    if level.sets:
+        _set_attributes(graph, module, level.sets)
     build_result(graph)
     graph.lint()
     return Variant(graph, _compiled(graph), missing)
+
+
+def _set_attributes(graph: fx.Graph, module: nn.Module, values: dict[str, Any]) -> None:
+    """Let a generated forward begin by setting what the module's own forward sets."""
+    slots: Slots = getattr(module, SLOTS)
+    name = f"sets{len(slots._modules)}"
+    slots.add_module(name, Sets(module, values))
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        graph.call_module(f"{SLOTS}.{name}")
 
 
 def apply_edits(graph: fx.Graph, edits: tuple[LocalEdit, ...], module: nn.Module) -> tuple[LocalEdit, ...]:
@@ -245,13 +272,27 @@ def apply_edits(graph: fx.Graph, edits: tuple[LocalEdit, ...], module: nn.Module
         elif edit.kind == "combine":
             region = node.meta.get("region")
             _in_region(combine(node, target, module_of=module.get_submodule), region)
-        elif edit.operand is None:
-            made = insert_after(node, target, module_of=module.get_submodule)
-            _in_region(made, node.meta.get("region"))
+        elif not all(name in names for name, _ in (*edit.also, *edit.takes)):
+            missing.append(edit)
         else:
-            made = insert_on(node, edit.operand, target, module_of=module.get_submodule)
+            made = _inserted(node, edit, target, names, module)
             _in_region(made, node.meta.get("region"))
     return tuple(missing)
+
+
+def _inserted(
+    node: fx.Node, edit: LocalEdit, target: str, names: dict[LocalName, fx.Node], module: nn.Module
+) -> fx.Node:
+    more = [argument_of(names[name], operand) for name, operand in edit.takes]
+    if edit.operand is None:
+        but = [names[name] for name in edit.but if name in names]
+        made = insert_after(node, target, module_of=module.get_submodule, but=but)
+    else:
+        also = [(names[name], operand) for name, operand in edit.also]
+        made = insert_on(node, edit.operand, target, module_of=module.get_submodule, also=also)
+    if more:
+        give_more(made, more)
+    return made
 
 
 def _in_region(made: fx.Node, region: int | None) -> None:
@@ -313,6 +354,18 @@ class Region(Part):
     def forward(self, *inputs: Any) -> Any:
         """Run the part through `torch.utils.checkpoint`, as the model's own forward does."""
         return self._rerun(functools.partial(self._function, self.__dict__["_of"]), *inputs)
+
+
+class Sets(Part):
+    """The plain attributes that its owner's forward sets."""
+
+    def __init__(self, owner: nn.Module, values: dict[str, Any]) -> None:
+        super().__init__(owner)
+        self._values = values
+
+    def forward(self) -> None:
+        """Set them."""
+        self.__dict__["_of"].__dict__.update(self._values)
 
 
 class Own(Part):

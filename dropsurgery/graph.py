@@ -4,6 +4,8 @@ y = f(x); g(y); h(y)      insert_after(f)       y = f(x); z = new(y); g(z); h(z)
 y = f(x); g(y); h(y)      insert_on(g, 0)       y = f(x); z = new(y); g(z); h(y)
 z = x + y; g(z)           combine(add)          z = new(x, y); g(z)
 y = f(x); g(y)            swap(f)               y = new(x); g(y)
+
+An insertion may leave out some users, or serve several of them by one call.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import functools
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -66,8 +68,10 @@ def local_name(node: fx.Node) -> LocalName:
     return next(name for name, other in local_names(node.graph).items() if other is node)
 
 
-def insert_after(node: fx.Node, target: str, *, module_of: Callable[[str], nn.Module]) -> fx.Node:
-    """Call a module on the output of a node, for all its users.
+def insert_after(
+    node: fx.Node, target: str, *, module_of: Callable[[str], nn.Module], but: Collection[fx.Node] = ()
+) -> fx.Node:
+    """Call a module on the output of a node, for all its users except `but`.
 
     Where the node works in place, whoever reads the changed tensor under its old name later is a user too.
     """
@@ -76,28 +80,56 @@ def insert_after(node: fx.Node, target: str, *, module_of: Callable[[str], nn.Mo
         made = node.graph.call_module(target, (node,))
     for alias in (node, *aliases):
         for user in list(alias.users):
-            if user is not made and node < user:
+            if user is not made and node < user and user not in but:
                 user.replace_input_with(alias, made)
     return made
 
 
+Operand = int | tuple[int, int]
+
+
 def insert_on(
-    node: fx.Node, operand: int | tuple[int, int], target: str, *, module_of: Callable[[str], nn.Module]
+    node: fx.Node,
+    operand: Operand,
+    target: str,
+    *,
+    module_of: Callable[[str], nn.Module],
+    also: Iterable[tuple[fx.Node, Operand]] = (),
 ) -> fx.Node:
     """Call a module on one argument of a node; all other users of that value keep it as it is.
 
-    Where the node changes that argument in place, its result is written to the tensor that the others hold.
+    Where the node changes that argument in place, its result is written to the tensor that the others hold. `also` are
+    arguments of later nodes, which take the result of the same call if they take the same value.
     """
-    outer, inner = operand if isinstance(operand, tuple) else (operand, None)
-    argument: Any = node.args[outer]
-    source = argument if inner is None else argument[inner]
+    source = argument_of(node, operand)
     with node.graph.inserting_before(node):
         made = node.graph.call_module(target, (source,))
         if operand == 0 and works_in_place(node, module_of):
             made = node.graph.call_function(write_back, (source, made))
-    replaced = made if inner is None else [*argument[:inner], made, *argument[inner + 1 :]]
-    node.update_arg(outer, replaced)
+    for user, position in ((node, operand), *also):
+        if argument_of(user, position) is source:
+            _give(user, position, made)
     return made
+
+
+def argument_of(node: fx.Node, operand: Operand) -> fx.Node:
+    """The node whose value is an argument of another one."""
+    outer, inner = operand if isinstance(operand, tuple) else (operand, None)
+    argument: Any = node.args[outer]
+    found: fx.Node = argument if inner is None else argument[inner]
+    return found
+
+
+def _give(node: fx.Node, operand: Operand, made: fx.Node) -> None:
+    outer, inner = operand if isinstance(operand, tuple) else (operand, None)
+    argument: Any = node.args[outer]
+    node.update_arg(outer, made if inner is None else [*argument[:inner], made, *argument[inner + 1 :]])
+
+
+def give_more(made: fx.Node, tensors: Iterable[fx.Node]) -> None:
+    """Let the call that an insertion made take further tensors."""
+    call = made.all_input_nodes[1] if made.target is write_back else made
+    call.args = (*call.args, *tensors)
 
 
 def combine(node: fx.Node, target: str, *, module_of: Callable[[str], nn.Module]) -> fx.Node:

@@ -25,7 +25,7 @@ from torch import fx
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.kinds import KINDS, compound, holds_tensor, kind_of, kinds_of, skip, skip_identities, tensor_users
-from dropsurgery.records import Edge
+from dropsurgery.records import Edge, GateFact
 
 __all__ = [
     "After",
@@ -116,13 +116,15 @@ Form = tuple[Op, ...]
 class Pattern:
     """A chain of operations, in one or several forms, with named edges (the default first).
 
-    `check` gets what fits one of the `forms` and returns why it is no match after all, or None.
+    `check` gets what fits one of the `forms` and returns why it is no match after all, or None. `gate` says, of an edge
+    by its name, what is known of the gate of a mixture of experts that it belongs to.
     """
 
     name: str
     forms: Sequence[Form]
     edges: Mapping[str, EdgeRule]
     check: Callable[[Match], str | None] | None = field(default=None)
+    gate: Callable[[Match, str, Edge], GateFact] | None = field(default=None)
 
     def __post_init__(self) -> None:
         if not self.forms or not all(self.forms):

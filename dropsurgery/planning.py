@@ -117,12 +117,13 @@ class Sites:
         if not isinstance(edges, tuple):
             return
         for index, at in enumerate(edges):
-            if "level_node" in at.node.meta:
+            if "level_node" in at.node.meta or at.module is not None:
                 if at.node.op != "output" and _is_thrown_away(at.node):
                     continue
             elif not at.layer:  # called by a forward that stays opaque: no graph holds this edge
                 continue
-            yield site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
+            site = site_at(at, pattern, f"{edge}[{index}]" if len(edges) > 1 else edge)
+            yield replace(site, gate=match.pattern.gate(match, edge, at)) if match.pattern.gate else site
 
     @cached_property
     def stochastic(self) -> list[Site]:
@@ -135,7 +136,7 @@ class Sites:
 def _is_thrown_away(node: fx.Node) -> bool:
     """Whether the model itself does not use what a node gives; where it works in place, others see what it did."""
     unused = all("identity" in kinds_of(user) and _is_thrown_away(user) for user in node.users)
-    return unused and not works_in_place(node, lambda _: node.meta["module"])
+    return unused and not node.meta.get("given") and not works_in_place(node, lambda _: node.meta["module"])
 
 
 def site_at(at: Edge, pattern: str, edge: str) -> Site:
@@ -145,8 +146,10 @@ def site_at(at: Edge, pattern: str, edge: str) -> Site:
         source = data_inputs(node)[0]
     meta, value = node.meta, source.meta.get("value")
     return Site(
-        id=f"{meta['path']}#{meta['call']}:{pattern}.{edge}",
-        module=meta["path"] if node.op == "call_module" else meta["owner"],
+        id=f"{meta['path']}#{meta['call']}:{pattern}.{edge}"
+        if at.module is None
+        else f"{at.module}#0:{pattern}.{edge}",
+        module=at.module or (meta["path"] if node.op == "call_module" else meta["owner"]),
         pattern=pattern,
         edge=edge,
         stage=meta["stage"],
@@ -233,6 +236,7 @@ class _Planner:
             self._entry(entry, f"entries[{index}] '{entry.name}'")
         edits = [edit for edits in self.placed.values() for edit in edits]
         self.problems += _shared_layers(self.sites.graph, edits)
+        self.problems += _incomplete(edits)
         hits = Counter(edit.entry for edit in edits)
         counts = {entry.name: hits[entry.name] for entry in self.recipe.entries}
         for index, entry in enumerate(self.recipe.entries):
@@ -296,12 +300,13 @@ class _Planner:
             p = _scaled(site, name, float(entry.arguments.get("p", getattr(module, name))), factor)
             return Edit(site, ADOPT, type(module).__name__, p, schedule, entry.name, {name: p})
         cls = catalogue.load("regularizers", entry.insert)
-        _check_kind(cls.kind, entry, site)
+        kind = cls.kind_by(entry.arguments)
+        _check_kind(kind, entry, site)
         arguments = dict(entry.arguments)
         for name, value in rates_of(cls, arguments).items():
             arguments[name] = _scaled(site, name, value, factor)
         p = max(rates_of(cls, arguments).values(), default=0.0)
-        return Edit(site, cls.kind, entry.insert, arguments.get("p", p), schedule, entry.name, arguments)
+        return Edit(site, kind, entry.insert, arguments.get("p", p), schedule, entry.name, arguments)
 
     def _place(self, entry: Entry, edit: Edit) -> None:
         """Put an edit on its edge: alone, merged with an equal one, or stacked."""
@@ -390,13 +395,23 @@ def _shared_layers(graph: fx.Graph, edits: Sequence[Edit]) -> Iterator[str]:
     # By their names: what lies in a module that is called again is one site.
     calls = Counter(module for module, _, _ in {(n.meta["module"], n.meta["path"], n.meta["call"]) for n in nodes})
     for edit in swaps:
-        count = calls[edit.site.at.node.meta["module"]] if edit.site.at else 0
+        count = calls[edit.site.at.node.meta["module"]] if edit.site.at and edit.site.at.module is None else 0
         sites = 1 + len(edit.merged)
         if count > sites:
             yield (
                 f"{edit.site.id}: '{edit.site.module}' is called {count} times, of which {sites} are sites; "
                 f"{edit.regularizer} would act in all of them. Leave it out (`where: {{exclude: …}}`)"
             )
+
+
+def _incomplete(edits: Sequence[Edit]) -> Iterator[str]:
+    """What regularizers miss that need more than one place to do what they should."""
+    by_name: dict[str, list[Site]] = {}
+    for edit in edits:
+        if edit.kind != ADOPT:
+            by_name.setdefault(edit.regularizer, []).append(edit.site)
+    for name, sites in by_name.items():
+        yield from catalogue.load("regularizers", name).incomplete(sites)
 
 
 def _is_plain_sum(node: fx.Node) -> bool:
@@ -452,9 +467,12 @@ def _key(at: Edge | None) -> Any:
     node = at.node
     if at.operand is not None:
         source = at.source
-        if list(source.users) != [node] or _uses(node, source) > 1:
+        users = [node, *(user for user, _ in at.also)]
+        if set(source.users) != set(users) or any(_uses(user, source) > 1 for user in users):
             return (node, at.operand)
         node = source
+    elif at.but:
+        return (node, at.but)
     while node.meta.get("identity") and len(node.all_input_nodes[0].users) == 1:
         node = node.all_input_nodes[0]
     return node

@@ -18,11 +18,26 @@ class Edge:
 
     `operand` is the position of the argument: an index into `node.args`, or a pair (index, index) for an
     element of a list argument such as `torch.cat([a, b])`. `layer`: no edge, but the layer that the node calls.
+
+    Some users of a tensor: `also` are arguments of other nodes that take the same tensor, and get the same result of
+    one call; `but` are the users of `node` that keep its output as it is. `module` is the path of what carries an edit
+    out where that is neither the node's owner nor what it calls. `beside` names edges whose tensors a regularizer may
+    take as well.
     """
 
     node: fx.Node
     operand: int | tuple[int, int] | None = None
     layer: bool = False
+    also: tuple[tuple[fx.Node, int | tuple[int, int]], ...] = ()
+    but: tuple[fx.Node, ...] = ()
+    module: str | None = None
+    beside: tuple[tuple[str, Edge], ...] = ()
+
+    def layer_module(self) -> Any:
+        """The layer to be swapped, where it is one."""
+        if self.module is None:
+            return self.node.meta["module"]
+        return self.node.graph.owning_module.get_submodule(self.module)  # type: ignore[union-attr]
 
     @property
     def source(self) -> fx.Node:
@@ -38,12 +53,38 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class GateFact:
+    """What is known of the gate of a mixture of experts that a site belongs to.
+
+    `gate` names it: the same for all sites of one gate. `axis` is the experts' axis of the tensor at this site, counted
+    from the end; None where it has none. `k` experts are chosen for each token, None where all are mixed (a dense gate).
+    `scores` is what makes weights of logits ("softmax", "sigmoid"), `order` how they and the choice follow each other
+    ("softmax_topk", "topk_softmax", "argmax_onehot", "dense"). `bias_corrected`: a tensor is added to the scores for the
+    choice alone. `capacity_axis`: the axis of the logits along which the chosen are counted up; None where nothing
+    limits how many tokens an expert takes. `returned`: the raw logits leave the gate too, for balance losses.
+    `features` is the width of what the scorer reads.
+    """
+
+    gate: str
+    experts: int
+    axis: int | None
+    k: int | None
+    scores: str
+    order: str
+    bias_corrected: bool
+    capacity_axis: int | None
+    returned: bool
+    features: int | None = None
+
+
+@dataclass(frozen=True)
 class Site:
     """One place where a regularizer can go, with the facts that recipes select by.
 
     `id` is `path[#call]:pattern.edge`, stable over captures of the same model: the key of seeds, state and
     lock files. `shape` is that of the example input; `channel_axis` counts as in it (NCHW: 1, tokens and NHWC: -1).
-    `producer` are the kinds of the operation that the value comes from ("activation", "relu"; "norm", "batch_norm").
+    `producer` are the kinds of the operation that the value comes from ("activation", "relu"; "norm", "batch_norm"),
+    `gate` what is known of the gate of a mixture of experts that it belongs to.
     """
 
     id: str
@@ -62,6 +103,7 @@ class Site:
     trainable: bool = True
     owner: str = ""
     producer: tuple[str, ...] = ()
+    gate: GateFact | None = None
     at: Edge | None = field(default=None, compare=False, repr=False)
 
 

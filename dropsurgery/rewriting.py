@@ -14,12 +14,14 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dropsurgery import catalogue
 from dropsurgery.capture import Captured, Inputs, Leaf, Level, Opaque, record
 from dropsurgery.capture.levels import is_leaf, map_tree
+from dropsurgery.capture.view import fact_of
 from dropsurgery.emission import OWN_GRAPH, drop_own_hooks, emit_owner, emit_root, empty, own_fields
 from dropsurgery.errors import CaptureError, SurgeryError, SurgeryWarning
 from dropsurgery.forwards import OWN, SLOTS, LocalEdit, leaf_level, lost
-from dropsurgery.graph import local_name
+from dropsurgery.graph import LocalName, local_name
 from dropsurgery.records import Edge, Edit
 from dropsurgery.trees import bare, copy_tree
 
@@ -53,10 +55,8 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     copies = copy_tree(model, lambda module: empty(type(module)) if module in generated else bare(module))
     for module, path in owners.items():
         regularizers = {local: build(edit) for local, edit in by_owner[path].items()}
-        levels = captured.view.levels.get(path) or [
-            leaf_level(module, inputs) for inputs in _inputs_of(captured, module)
-        ]
-        emit_owner(copies[module], regularizers, levels)
+        _tell_what_is_given(captured, path, regularizers)
+        emit_owner(copies[module], regularizers, _levels_of(captured, path, by_owner[path]))
     for edit in edits:
         if edit.kind == "adopt":
             _adopt(copies[model.get_submodule(edit.site.module)], edit)
@@ -64,6 +64,26 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
     if model not in owners:
         emit_root(root, captured.inputs, captured.root)
     return root
+
+
+def _levels_of(captured: Captured, path: str, edits: Collection[LocalEdit]) -> list[Level]:
+    """What was recorded of a module; of a leaf, or of one whose whole forward a regularizer stands in for, its calls."""
+    module = captured.model.get_submodule(path)
+    levels = captured.view.levels.get(path, [])
+    if all(edit.kind != "swap" for edit in edits) and levels:
+        return levels
+    calls = [level.inputs for level in levels] or list(_inputs_of(captured, module))
+    return [leaf_level(module, inputs) for inputs in calls]
+
+
+def _tell_what_is_given(captured: Captured, path: str, regularizers: Mapping[LocalEdit, Any]) -> None:
+    """Tell those that stand in for a whole module what that gave on the example."""
+    for edit, regularizer in regularizers.items():
+        if edit.kind != "swap":
+            continue
+        levels = captured.view.levels.get(path)
+        known = [node.meta.get("value") for node in captured.view.graph.nodes if node.meta.get("path") == path]
+        regularizer.returns = fact_of(levels[0].output) if levels else next(iter(known), None)
 
 
 def _check_training(captured: Captured, homes: Mapping[str, Collection[LocalEdit]]) -> None:
@@ -118,23 +138,64 @@ def _home(model: nn.Module, calls: Counter[nn.Module], edit: Edit) -> tuple[str,
     if edit.kind == "swap":
         return _swapped(model, edit, at.node)
     owner = model.get_submodule(edit.site.owner)
-    if edit.kind == "insert" and (owner is model or type(owner).forward is nn.Sequential.forward):
+    alone = "level_node" not in at.node.meta  # called by a forward that stays opaque
+    if edit.kind == "insert" and (alone or owner is model or type(owner).forward is nn.Sequential.forward):
         leaf = _leaf_at(at, calls)
         if leaf is not None:
-            return leaf[0], LocalEdit(OWN, leaf[1], "", edit.site.id)
+            takes = tuple((OWN, 0) for _ in _taken(edit))  # what a lone layer reads is all that there is beside it
+            if alone or not takes:
+                return leaf[0], LocalEdit(OWN, leaf[1], "", edit.site.id, takes=takes)
+        if alone:
+            raise SurgeryError(
+                f"{edit.site.id}: '{edit.site.module}' is called several times by a forward that stays Python, or runs a "
+                "forward of its own instance: leave this site out (`where: {exclude: …}`)"
+            )
     if "forward" in owner.__dict__:  # it would run instead of the generated one
         raise SurgeryError(
             f"{edit.site.id}: expected {type(owner).__name__} '{edit.site.owner}' to run its class's forward, got one "
             "that is set on the instance: leave this site out (`where: {exclude: …}`), or subclass the module"
         )
-    node: fx.Node = at.node.meta["level_node"]
-    return edit.site.owner, LocalEdit(local_name(node), at.operand, "", edit.site.id, edit.kind)
+    return edit.site.owner, _local(edit, at)
+
+
+def _local(edit: Edit, at: Edge) -> LocalEdit:
+    """An edit's place in the graph of its owner."""
+    beside = dict(at.beside)
+    for name in _taken(edit):
+        if name not in beside or beside[name].node.meta["owner"] != at.node.meta["owner"]:
+            raise SurgeryError(
+                f"{edit.site.id}: {edit.regularizer} needs the {name} of this place beside it, which is not in reach of "
+                f"the forward of '{edit.site.owner}'"
+            )
+    return LocalEdit(
+        _name(at.node),
+        at.operand,
+        "",
+        edit.site.id,
+        edit.kind,
+        also=tuple((_name(node), operand) for node, operand in at.also),
+        but=tuple(map(_name, at.but)),
+        takes=tuple((_name(beside[name].node), beside[name].operand or 0) for name in _taken(edit)),
+    )
+
+
+def _taken(edit: Edit) -> tuple[str, ...]:
+    """The names of the further tensors that a regularizer takes."""
+    names: tuple[str, ...] = catalogue.load("regularizers", edit.regularizer).takes
+    return names
+
+
+def _name(node: fx.Node) -> LocalName:
+    level_node: fx.Node = node.meta["level_node"]
+    return local_name(level_node)
 
 
 def _swapped(model: nn.Module, edit: Edit, node: fx.Node) -> tuple[str, LocalEdit]:
     """The layer itself carries a swap out, wherever it is called."""
     layer = model.get_submodule(edit.site.module)
-    if node.meta.get("opaque") or not is_leaf(layer) or "forward" in layer.__dict__:
+    whole = edit.site.at is not None and edit.site.at.module is not None
+    fits = whole or (is_leaf(layer) and not node.meta.get("opaque"))
+    if not fits or "forward" in layer.__dict__:
         raise SurgeryError(
             f"{edit.site.id}: expected one layer that runs its class's forward, got {type(layer).__name__}; "
             "leave this site out (`where: {exclude: …}`)"
@@ -148,6 +209,8 @@ def _leaf_at(at: Edge, calls: Counter[nn.Module]) -> tuple[str, int | None] | No
     A norm is none: `SyncBatchNorm.convert_sync_batchnorm` puts another object in its place.
     """
     node, operand = at.node, at.operand
+    if at.also or at.but:
+        return None
     users = list(node.users)
     if operand is None and isinstance(node.meta.get("module"), _NormBase) and len(users) == 1:
         node, operand = users[0], 0

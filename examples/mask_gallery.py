@@ -4,7 +4,8 @@ Two photographs that scikit-learn bundles go through small nets with random weig
 feature maps, is given to each regularizer of the catalogue, with its default arguments and in training mode:
 
 - one that is inserted is drawn by the factor that each element is multiplied by, or, where no factor says it, by
-  the map before and after; one that belongs on the net's input, by the photograph and the factor;
+  the map before and after; one that belongs on the net's input, by the photograph and the factor; one that takes no
+  maps, as those of mixtures of experts, by its own example, a row for each token;
 - one that takes the place of a sum, by the factor of either operand;
 - one that stands in for a layer, by what the layer gave and what it gives now, or by the mask of its weights;
 - one that goes by labels, by the factor of each unit of vectors, sample by sample.
@@ -195,6 +196,8 @@ def inserted(layer: Any, data: Data) -> Draw:
     """By factors, or before and after."""
     if layer.placement.startswith("the network's input"):
         return on_images(layer, data)
+    if hasattr(layer, "example_inputs"):
+        return on_tokens(layer, example_of(layer))
     x = data.maps
 
     def by_factors() -> Drawing:
@@ -215,6 +218,32 @@ def keeps_zeros(layer: Any, x: Tensor) -> bool:
     holed = x.clone()
     holed[..., ::2, ::2] = 0
     return not layer(holed)[..., ::2, ::2].any()
+
+
+def on_tokens(layer: Any, x: Tensor) -> Draw:
+    """The factor of each number, or the numbers before and after: a row for each token or sample."""
+    height, width = x.flatten(0, -2).shape
+    wide = max(1, height // width)
+
+    def rows(values: Tensor) -> Tensor:
+        return values.reshape(height, width).repeat_interleave(wide, 1)
+
+    def draw() -> Drawing:
+        drawn = [layer(x) for _ in range(PANELS)]
+        if layer.drops == "zero":
+            factors = torch.stack([rows(y / x) for y in drawn])
+            return Drawing(factor_panels([f"tokens, draw {n}" for n in range(1, PANELS + 1)], factors), factors)
+        kept = torch.stack([(y == x).float() for y in drawn[1:]])
+        shown = [rows(y.clamp(min=x.min() - 1)) for y in (x, *drawn[1:])]
+        return Drawing(value_panels(["tokens, before", *(f"tokens, draw {n}" for n in (1, 2, 3))], shown), kept)
+
+    return draw
+
+
+def example_of(layer: Any) -> Tensor:
+    """What the class has as an example for one that takes no maps, without zeros."""
+    x: Tensor = layer.example_inputs(UNITS)[0]
+    return x.abs().flatten(0, -2)[:UNITS] + 0.1
 
 
 def on_images(layer: Any, data: Data) -> Draw:
@@ -368,8 +397,10 @@ def new_layer(name: str, shape: tuple[int, ...]) -> Any:
     """The regularizer as it comes by default, for maps of `shape`, or bound to the layer of its own examples."""
     cls = catalogue.load("regularizers", name)
     layer = cls()
-    if layer.kind == "insert" and hasattr(cls, "example_inputs"):  # it takes no maps
-        shape = tuple(cls.example_inputs(2)[0].shape)
+    if layer.kind == "insert" and hasattr(layer, "example_inputs"):  # it takes no maps
+        shape = tuple((cls.example_inputs(2)[0] if name in BY_NAME else example_of(layer)).shape)
+        layer.build(channel_axis=-1, channels=shape[-1], shape=shape, site_id=name)
+        return layer
     layer.build(channel_axis=1, channels=shape[1], shape=shape, site_id=name)
     if layer.kind == "swap":
         layer.bind(cls.example_host())
@@ -402,6 +433,8 @@ def share(layer: Any, data: Data) -> str:
     inputs = {"insert": (data.maps,), "combine": (data.maps, data.others)}.get(layer.kind)
     if inputs is None:
         inputs = inputs_of_host(layer, data)
+    elif layer.kind == "insert" and hasattr(layer, "example_inputs"):
+        inputs = (example_of(layer),)
     plain = layer.own(*inputs) if layer.kind == "swap" else sum(inputs[1:], inputs[0])
     zero = layer.drops == "zero"
     lost = [y == 0 if zero else y != plain for y in (layer(*inputs) for _ in range(DRAWS))]

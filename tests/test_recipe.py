@@ -567,11 +567,16 @@ def test_an_unknown_name_shows_the_nearest() -> None:
     assert only_problem("dropblok_resnet_g34.yaml").endswith("did you mean 'dropblock_resnet_g34'?")
 
 
+# Of places that no model has which a recipe can name; `test_bundled_recipes` counts them on others.
+UNNAMED = {"expert_dropout_switch", "gate_expert_drop_moe", "hme_dropout"}
+
+
 @pytest.mark.parametrize("name", bundled())
 def test_bundled_recipes_are_documented(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.tested_on and recipe.summary and recipe.reference
+    assert bool(recipe.tested_on) != (name in UNNAMED)
+    assert recipe.summary and recipe.reference
     assert (recipes_folder() / f"{name}.yaml").read_text().startswith("# ")
 
 

@@ -94,6 +94,62 @@ def reader() -> Case:
     return Case(Reader(), (rows,), (rows,))
 
 
+class Mixture(nn.Module):
+    """Residual mixtures of four experts, of which two are chosen for each row, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (Experts() for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mixture in (self.first, self.second, self.third):
+            x = x + mixture(x)
+        return self.head(x)
+
+
+class Experts(nn.Module):
+    """The mixture itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, indices = self.gate(x).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            y = y + expert(x) * (weights * (indices == number)).sum(-1, keepdim=True)
+        return y
+
+
+def mixture() -> Case:
+    """A small mixture of experts that no library has."""
+    rows = torch.randn(64, 6)
+    return Case(Mixture(), (rows,), (rows,))
+
+
+class Tree(nn.Module):
+    """A soft tree of two decision nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Linear(6, 1) for _ in range(2))
+        self.leaves = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (gate(x).sigmoid() for gate in self.gates)
+        below = second * self.leaves[0](x) + (1 - second) * self.leaves[1](x)
+        return first * below + (1 - first) * self.leaves[2](x)
+
+
+def tree() -> Case:
+    """A small tree that no library has."""
+    rows = torch.randn(32, 6)
+    return Case(Tree(), (rows,), (rows,))
+
+
 _CONVNEXT: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": WIDTHS}
 _SWIN: dict[str, Any] = {
     "img_size": 64,
@@ -144,15 +200,20 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "dropout_resnet_g34": [_RESNET],
     "dropout_vit": [classifier("vit_tiny_patch16_224", **_VIT), classifier("swin_tiny_patch4_window7_224", **_SWIN)],
     "focused_dropout_resnet": [classifier("resnet26", 192, channels=WIDTHS, layers=(1, 1, 1, 1))],
+    "expert_dropout_switch": [mixture],
     "fractal_drop_path_cells": [_NASNET],
+    "gate_expert_drop_moe": [mixture],
+    "gating_dropout_moe": [mixture, classifier("efficientnet_cc_b0_4e")],
     "gaussian_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
     "grid_dropout": [_RESNET],
     "guided_dropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
     "heuristic_dropout_unet_double_conv": [segmenter("Unet", **_UNET), segmenter("UnetPlusPlus", **_UNET)],
     "hinton_dropout_vgg": [_VGG],
+    "hme_dropout": [tree],
     "input_dropout": [_RESNET],
     "nsdropout_classifier": [_RESNET],
     "nsdropout_vgg": [classifier("vgg11_bn", 224, mlp_ratio=0.02)],
+    "router_jitter_switch": [mixture, classifier("efficientnet_cc_b0_4e")],
     "scheduled_drop_path_nasnet": [_NASNET],
     "shake_shake_cells": [_NASNET],
     "shakedrop_resnet": [_RESNET],
@@ -179,8 +240,18 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "zoneout_gru": [_SEQUENCER, reader],
     "zoneout_lstm": [_SEQUENCER, reader],
 }
-# What acts on few batches, or in one place by a coin, is looked at at this rate.
-SELDOM = {"focused_dropout_resnet": 1.0, "structural_dropout_classifier": 1.0}
+# What acts on few batches, or in one place by a coin, is looked at at this rate; where it then is always the same, at a half.
+SELDOM = {
+    "focused_dropout_resnet": 1.0,
+    "gate_expert_drop_moe": 0.5,
+    "gating_dropout_moe": 0.5,
+    "structural_dropout_classifier": 1.0,
+}
+# What decides once for each step would give the same under every seed of one step.
+OVERRIDES = {
+    "gate_expert_drop_moe": {"mixtures.with.per": "microbatch"},
+    "gating_dropout_moe": {"scores.with.per": "microbatch"},
+}
 RUNS = [
     pytest.param(recipe, make, id=f"{recipe}-{index}")
     for recipe, makes in CASES.items()
@@ -300,7 +371,8 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
 def test_recipe_trains(recipe: str, make: Callable[[], Case]) -> None:
     torch.manual_seed(0)
     case = make()
-    gm: Any = apply_recipe(awake(case.model), recipe, example_inputs=case.testing, total_steps=STEPS)
+    how: dict[str, Any] = {"total_steps": STEPS, "overrides": OVERRIDES.get(recipe)}
+    gm: Any = apply_recipe(awake(case.model), recipe, example_inputs=case.testing, **how)
     before = {name: parameter.detach().clone() for name, parameter in gm.named_parameters()}
     train(gm, case.training)
     still = [name for name, parameter in gm.named_parameters() if torch.equal(parameter, before[name])]

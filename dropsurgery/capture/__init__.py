@@ -52,6 +52,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
     with _no_collection():
         inputs, root = _recorded(model, resolve_inputs(model, example_inputs))
         view = flat_view(root, inputs)
+        view.graph.owning_module = model  # type: ignore[assignment]  # where its targets lie
         annotate(view.graph)
     return Captured(model, inputs, root, view)
 

@@ -29,6 +29,7 @@ _NOTHING = object()
 # Asked by type: `isinstance` of a stand-in asks it for the class of what it stands for, which takes longer.
 _STAND_INS = frozenset((Traced, TracedItem))
 _CONSTANTS = frozenset((int, float, bool, str, type(None)))
+_SETTABLE = _CONSTANTS | {torch.dtype, torch.device}
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,15 @@ class Frame:
         gained = [value for key, value in container.items() if key not in before]
         anew = all(isinstance(value, Traced) and not from_input(value._node) for value in gained)
         return anew and not written(self.graph)
+
+    def notes_down(self, name: str, value: Any) -> bool:
+        """Whether an attribute is set to a plain value that hangs on nothing but what was taken for granted."""
+        if type(value) not in _SETTABLE or ("", name) in self.level.reads:
+            return False
+        fields = self.probe.__dict__
+        self._set.setdefault(name, (fields, fields.get(name, _NOTHING)))
+        self.level.sets[name] = value
+        return True
 
     def makes_anew(self, name: str, value: Any) -> bool:
         """Whether an attribute may be set to a value for the time of the recording."""

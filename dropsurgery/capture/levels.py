@@ -5,6 +5,7 @@ A level is one deep: the children that a forward calls are `call_module` nodes o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, cast
@@ -46,7 +47,8 @@ class Level:
     `guards` are what Python decided from the example's sizes, dtypes or devices: where there are any, the graph
     holds for inputs of the same signature only.
     `reads` are the plain attributes that were read, `children` what each `call_module` node calls, `regions`
-    the activation checkpoints (a node's `meta["region"]` is an index into them).
+    the activation checkpoints (a node's `meta["region"]` is an index into them), `sets` the plain attributes that the
+    forward sets, whatever its input.
     """
 
     module: nn.Module
@@ -58,6 +60,7 @@ class Level:
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     children: dict[fx.Node, Level | Opaque | Leaf] = field(default_factory=dict)
     regions: list[Callable[..., Any]] = field(default_factory=list)
+    sets: dict[str, Any] = field(default_factory=dict)
     random: bool = False
     asks_rank: bool = False
     output: Any = None
@@ -70,7 +73,7 @@ class Level:
 
 @dataclass(eq=False)
 class Opaque:
-    """A call whose forward stays Python: why, and the levels of the children that it called.
+    """A call whose forward stays Python: why and because of which line, and the levels of the children that it called.
 
     `on_data` says that only numbers could tell what it calls and gives: it was run on such.
     """
@@ -81,6 +84,7 @@ class Opaque:
     inputs: Inputs = ((), {})
     components: list[Component] = field(default_factory=list)
     on_data: bool = False
+    line: str = ""
 
 
 @dataclass(eq=False)
@@ -136,6 +140,27 @@ def map_tree(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     if isinstance(tree, dict):
         return like_dict(kind, {key: map_tree(item, leaf) for key, item in tree.items()})
     return leaf(tree)
+
+
+def kept(tree: Any) -> Any:
+    """Arguments as they are now: a forward may change lists and objects given to it, such as a cache of keys.
+
+    Tensors, modules and what is no object of Python's own stay what they are.
+    """
+    copies: dict[int, Any] = {}
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, _KEPT) or callable(item) or not hasattr(item, "__dict__"):
+            return item
+        if id(item) not in copies:
+            made = copies[id(item)] = copy.copy(item)
+            made.__dict__.update({name: map_tree(value, leaf) for name, value in vars(item).items()})
+        return copies[id(item)]
+
+    return map_tree(tree, leaf)
+
+
+_KEPT = (torch.Tensor, nn.Module, type)
 
 
 def like_dict(kind: Any, items: dict[Any, Any]) -> Any:

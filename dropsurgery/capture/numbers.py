@@ -43,15 +43,15 @@ def numbers_in(probe: nn.Module) -> Iterator[None]:
         yield
 
 
-def made_up(tree: Any) -> Any:
-    """The tree with numbers in place of its fake tensors."""
-    return map_tree(tree, lambda item: _made_up(item) if isinstance(item, torch.Tensor) else item)
+def made_up(tree: Any, *, whole: int = 0) -> Any:
+    """The tree with numbers in place of its fake tensors; `whole` is what integers are."""
+    return map_tree(tree, lambda item: _made_up(item, whole) if isinstance(item, torch.Tensor) else item)
 
 
-def _made_up(tensor: torch.Tensor) -> torch.Tensor:
-    """Numbers of a tensor's shape and dtype: small and random, ones for scales and variances, zeros for indices."""
+def _made_up(tensor: torch.Tensor, whole: int = 0) -> torch.Tensor:
+    """Numbers of a tensor's shape and dtype: small and random, ones for scales and variances, `whole` for indices."""
     device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
-    made = torch.zeros(tuple(tensor.shape), dtype=tensor.dtype, device=device)
+    made = torch.full(tuple(tensor.shape), whole, dtype=tensor.dtype, device=device)
     if not made.is_floating_point():
         return made
     if made.ndim == 1:

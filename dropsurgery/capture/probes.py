@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -47,8 +49,21 @@ def _probe_class(cls: type[nn.Module]) -> type[nn.Module]:
             return super(probe_class, self).__call__(*args, **kwargs)
         return fields["_recorder"].intercept(self, args, kwargs)
 
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        recorder = self.__dict__.get("_recorder")
+        moved = None if recorder is None else recorder.moves(self, fn)
+        return super(probe_class, self)._apply(fn, recurse) if moved is None else moved
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = self.__dict__.get("_recorder")
+        apart = nullcontext() if recorder is None or not recorder.frames else torch._C.DisableTorchFunction()
+        with apart:  # to read these arguments is no operation
+            return super(probe_class, self).to(*args, **kwargs)
+
     namespace = {
+        "to": to,
         "__call__": __call__,
+        "_apply": _apply,
         "__getattribute__": __getattribute__,
         "__getattr__": __getattr__,
         "__setattr__": __setattr__,

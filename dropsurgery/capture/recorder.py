@@ -12,9 +12,11 @@ import functools
 import inspect
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from dropsurgery.capture.frame import Frame, placeholders
-from dropsurgery.capture.levels import Component, Inputs, Leaf, Level, Opaque, describe, is_leaf, map_tree
+from dropsurgery.capture.levels import Component, Inputs, Leaf, Level, Opaque, describe, is_leaf, kept, map_tree
 from dropsurgery.capture.nodes import drop_unused
 from dropsurgery.capture.numbers import fakes_in, has_data, made_up, numbers_in
 from dropsurgery.capture.probes import Intercepted, forward_of, make_probe
@@ -167,7 +169,10 @@ class Recorder(TorchFunctionMode):
         forward = forward_of(probe)
         if is_leaf(module):
             with self.aside():
-                return Leaf(module, path), self.values.of_leaf(module, self._shielded(probe, forward), args, kwargs)
+                value = self.values.of_leaf(module, self._shielded(probe, forward), args, kwargs)
+            if not isinstance(module, nn.Linear) or isinstance(value, torch.Tensor):
+                return Leaf(module, path), value
+            # A subclass that gives more than a linear layer does is more than one: a router with its choice.
         key = self.siblings.key(probe, args, kwargs)
         known = None if key is None else self.siblings.level_of(key, probe, args, kwargs)
         if known is not None:
@@ -185,7 +190,7 @@ class Recorder(TorchFunctionMode):
                 failed = error
             finally:
                 frame.close()
-        opaque = Opaque(module, path, f"{type(failed).__name__}: {failed}", (args, kwargs))
+        opaque = Opaque(module, path, f"{type(failed).__name__}: {failed}", (args, kwargs), line=_line_of(failed))
         with self._same_draws(), self.aside():
             return opaque, self._run_opaque(opaque, probe, data)
 
@@ -232,7 +237,20 @@ class Recorder(TorchFunctionMode):
             if not is_leaf(made.module):
                 made, _ = self.record_call(call.probe, inputs[0], inputs[1], call.inputs if opaque.on_data else None)
             opaque.components.append(Component(made, inputs, output))
+            for probe in self._not_met(call, calls) if opaque.on_data else ():
+                made, output = self.record_call(probe, inputs[0], inputs[1], call.inputs)
+                opaque.components.append(Component(made, inputs, output))
         return faked(value)
+
+    def _not_met(self, call: _Observed, calls: list[_Observed]) -> list[nn.Module]:
+        """The modules beside the first called of a list that numbers left out, as they do experts: others call them."""
+        called = {other.probe: None for other in calls}
+        for home in self.start.modules():
+            beside = [child for child in home._modules.values() if child is not None and _alike(child, call.probe)]
+            if isinstance(home, (nn.ModuleList, nn.ModuleDict)) and call.probe in beside:
+                first = next(probe for probe in called if probe in beside)
+                return [child for child in beside if child not in called] if first is call.probe else []
+        return []
 
     def _observe_on_data(
         self, opaque: Opaque, probe: nn.Module, failure: BaseException, data: Inputs | None
@@ -244,7 +262,8 @@ class Recorder(TorchFunctionMode):
             Untraceable: it refuses numbers that were only made up; its caller may know the right ones.
         """
         try:
-            return self._observe(probe, data or made_up(opaque.inputs), numbers_in(probe))
+            value, calls = self._observe(probe, data or made_up(opaque.inputs), numbers_in(probe))
+            return value, calls or self._calls_of_ones(opaque, probe)
         except ModelFailed:
             raise
         except (Exception, Untraceable) as error:
@@ -254,6 +273,15 @@ class Recorder(TorchFunctionMode):
                 raise ModelFailed(self._refused[str(error)]) from error
             raise Untraceable(f"'{opaque.path}' refuses made-up numbers: {error}") from error
 
+    def _calls_of_ones(self, opaque: Opaque, probe: nn.Module) -> list[_Observed]:
+        """What a forward calls on ones for whole numbers: on zeros, a mask of what goes to whom, it called nothing."""
+        if not any(next(child.parameters(), None) is not None for child in probe.children()):
+            return []
+        try:
+            return self._observe(probe, made_up(opaque.inputs, whole=1), numbers_in(probe))[1]
+        except (Exception, Untraceable):  # ones are no indices there
+            return []
+
     def _observe(
         self, probe: nn.Module, inputs: Inputs, tensors: AbstractContextManager[None]
     ) -> tuple[Any, list[_Observed]]:
@@ -262,7 +290,7 @@ class Recorder(TorchFunctionMode):
         self.siblings.stop()  # a forward that runs as it is may change anything
         try:
             with tensors, torch.no_grad():
-                args, kwargs = map_tree(inputs, lambda item: item)
+                args, kwargs = kept(inputs)
                 value = forward_of(probe)(*args, **kwargs)
             return value, self._observed
         finally:
@@ -276,7 +304,7 @@ class Recorder(TorchFunctionMode):
             return forward_of(probe)(*args, **kwargs)
         observed, self._observed = self._observed, None
         try:
-            inputs = map_tree((args, kwargs), lambda item: item)
+            inputs = kept((args, kwargs))
             value = forward_of(probe)(*args, **kwargs)
         finally:
             self._observed = observed
@@ -298,7 +326,7 @@ class Recorder(TorchFunctionMode):
         if not self.frames or self.values.running:
             return value
         frame = self.frames[-1]
-        if isinstance(value, Traced):  # set by this forward
+        if isinstance(value, Traced) or (probe is frame.probe and name in frame.level.sets):  # set by this forward
             return value
         if id(value) in self._collectors:
             raise Untraceable(f"takes from its attribute {name!r} what hooks have put there")
@@ -318,13 +346,37 @@ class Recorder(TorchFunctionMode):
             self.siblings.stop()
             return True
         frame = self.frames[-1]
-        if probe is frame.probe and frame.makes_anew(name, value):
+        if isinstance(value, nn.Module) and probe.__dict__["_modules"].get(name) is value:
+            return False  # it is there already
+        if probe is frame.probe and (frame.notes_down(name, value) or frame.makes_anew(name, value)):
             return True
         if isinstance(value, Traced) and value._node.target in IN_PLACE:
             changed = value._node.args[0]
             if isinstance(changed, fx.Node) and changed.op == "get_attr" and changed.target == name:
                 return False
         raise Untraceable(f"sets its attribute {name!r}")
+
+    def moves(self, probe: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module | None:
+        """A module's tensors are sent somewhere: the module where all are there already, None where nothing records.
+
+        Raises:
+            Untraceable: they would be others than before.
+        """
+        if not self.frames or self.values.running:
+            return None
+        frame = self.frames[-1]
+        for module in probe.modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None:
+                    continue
+                with torch._C.DisableTorchFunction():
+                    before = self.fake(tensor)
+                if self.values.run(fn, (before,), {}) is not before:
+                    raise Untraceable(f"sends the tensors of '{self._paths[probe][0]}' elsewhere")
+                held = frame.attribute(tensor, module, name)
+                frame.tensor_guard(held._node, "dtype", tensor.dtype)
+                frame.tensor_guard(held._node, "device", tensor.device)
+        return probe
 
     # -- torch functions --------------------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -347,6 +399,25 @@ class Recorder(TorchFunctionMode):
         if inspect.ismethoddescriptor(func):
             return frame.call_method(name, args, kwargs)
         return frame.call_function(func, args, kwargs)
+
+
+def _line_of(error: BaseException) -> str:
+    """The last line of the model's own code, or of a library's that it calls, at which an error was met."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((_HERE, _TORCH)) and frame.line]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno} `{own[-1].line}`" if own else ""
+
+
+_HERE = str(Path(__file__).parents[1])
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two probes are of one class and hold tensors of the same shapes."""
+    if type(one) is not type(other):
+        return False
+    held, others = ({name: p.shape for name, p in probe.named_parameters()} for probe in (one, other))
+    return held == others
 
 
 def _on_meta(module: nn.Module) -> bool:

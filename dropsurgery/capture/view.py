@@ -2,7 +2,7 @@
 
 Every node knows where it lives: `meta` holds `owner` (path of the innermost module whose forward holds it),
 `path` and `call` (its stable name), `level_node` (the node of the owner's own graph), `module` (of a leaf),
-`value` (shapes and dtypes on the example input) and `identity` (a stochastic layer that is silent in eval). What an
+`value` (shapes and dtypes on the example input), `given` (to or by a part that stays Python) and `identity` (a stochastic layer that is silent in eval). What an
 opaque forward calls is in no graph of its owner: it has no `level_node`, and a leaf there has the `inputs` of its call.
 """
 
@@ -37,6 +37,7 @@ class FlatView:
 
     def release(self) -> None:
         """Let go of the model's modules now: a graph is one large cycle, which is freed when garbage is collected."""
+        self.graph.owning_module = None
         for node in self.graph.nodes:
             node.meta.pop("module", None)
 
@@ -110,6 +111,7 @@ class _Builder:
         """Note which node a tensor comes from, before an opaque forward passes it on."""
         if isinstance(made, fx.Node) and isinstance(value, torch.Tensor):
             self._given[id(value)] = made
+            made.meta["given"] = True
         elif isinstance(made, dict) and isinstance(value, dict):
             for key, item in made.items():
                 self._give(item, value.get(key))
@@ -176,7 +178,7 @@ class _Builder:
         if isinstance(call.module, (_DropoutNd, nn.Identity)) or (isinstance(call, Level) and not _speaks(call)):
             made.meta["identity"] = True
         if isinstance(call, Opaque):
-            made.meta["opaque"] = True
+            made.meta.update(opaque=True, reason=call.reason, line=call.line)
             self.opaque.append(call)
             self._give((args, kwargs), call.inputs)
             for part in call.components if self._components else ():

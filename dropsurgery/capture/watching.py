@@ -42,6 +42,9 @@ _UNSAYABLE: tuple[tuple[Any, str], ...] = (
 )
 # They take sizes one by one, which torch's own argument parser refuses where the first is a stand-in.
 _BY_SIZE = ("zeros", "ones", "empty", "rand", "randn")
+# They take a number or a tensor for one argument, and torch's own argument parser would read the number of a stand-in
+# as of a tensor, which crashes the interpreter.
+_BY_NUMBER = ("where", "clamp", "clip", "full", "full_like", "arange", "linspace")
 _NOTHING = object()
 
 
@@ -60,6 +63,7 @@ def watched(recorder: Recorder) -> Iterator[None]:
             *((torch, name, watch.question(getattr(torch, name))) for name in _QUESTIONS),
             *((place, name, watch.unsayable(place, name)) for place, name in _UNSAYABLE),
             *((torch, name, watch.by_size(getattr(torch, name))) for name in _BY_SIZE),
+            *((torch, name, watch.by_number(getattr(torch, name))) for name in _BY_NUMBER),
         ):
             patches.callback(_restore, place, name, vars(place).get(name, _NOTHING))
             setattr(place, name, made)
@@ -169,6 +173,19 @@ class _Watch:
             return real(sizes, **options) if listed else real(*sizes, **options)
 
         return make
+
+    def by_number(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            frame = self.frame()
+            if frame is None or not any(_stands_for_tensor(item) for item in (*args, *kwargs.values())):
+                return real(*args, **kwargs)
+            return frame.call_function(real, args, kwargs)
+
+        return make
+
+
+def _stands_for_tensor(item: Any) -> bool:
+    return type(item) is Traced and isinstance(item._value, torch.Tensor)
 
 
 def draws() -> Any:

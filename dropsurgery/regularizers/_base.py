@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from dropsurgery.errors import SurgeryError
-from dropsurgery.records import Behind
+from dropsurgery.records import Behind, GateFact, Site
 from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import require_own_numbers
 
@@ -85,6 +85,10 @@ class Regularizer(nn.Module):
         asks_behind: whether it has to know what its output goes to.
         behind: what its output goes to, set before `build`; None where it did not ask, and alone.
         images: the batch of the model's example input, where it is known; set before `build`.
+        takes: names of further edges of the pattern whose tensors forward gets after the first one.
+        gate: what is known of the gate of a mixture of experts that its site belongs to; set before `build`.
+        returns: of a "swap", what the module that it stands in for gave on the example, tensors as `TensorFact`; None
+            where that is not known.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
         uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
         by_values: whether how much is dropped hangs on the values, so that `realised_drop` has to count it on them.
@@ -110,6 +114,7 @@ class Regularizer(nn.Module):
     uncounted: str = ""
     by_values: ClassVar[bool] = False
     learned: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[tuple[str, ...]] = ()
     random: bool = True
     needs_labels: ClassVar[bool] = False
     leaks_labels: bool = False
@@ -120,6 +125,8 @@ class Regularizer(nn.Module):
     producer: tuple[str, ...] = ()
     behind: Behind | None = None
     images: int | None = None
+    gate: GateFact | None = None
+    returns: Any = None
     site_id: str = ""
     context: Keys | None = None
     forced: bool = False
@@ -131,6 +138,16 @@ class Regularizer(nn.Module):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32), persistent=False)
         # A flag of its own: a compiled forward is guarded by it, and by no rate's value.
         self._nonzero = any(self._rates.values())
+
+    @classmethod
+    def kind_by(cls, arguments: Mapping[str, Any]) -> str:
+        """Return the kind of surgery with these arguments of a recipe: `kind`, where it does not hang on them."""
+        return cls.kind
+
+    @classmethod
+    def incomplete(cls, sites: Sequence[Site]) -> Iterator[str]:
+        """Say what is missing where a plan has it at these `sites` and at no others; nothing mostly."""
+        return iter(())
 
     @property
     def active(self) -> bool:

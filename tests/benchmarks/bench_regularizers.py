@@ -232,6 +232,7 @@ def step() -> list[str]:
 
 # -- memory --------------------------------------------------------------------------------------------------------
 MAPS = (32, 64, 28, 28)
+TOKENS = 4096  # of what takes no maps
 KEPT, PEAK = 1.0, 1.5
 KEPT_BY_BLOCKS = 0.05
 SCALARS = 0.01  # rates, scales and keys
@@ -245,10 +246,12 @@ def memory() -> list[str]:
         cls: Any = get_regularizer(name)
         if cls.kind != "insert" or hasattr(cls, "example_inputs"):  # which takes no maps
             continue
+        takes_maps = not hasattr(cls, "example_inputs")
+        shape, axis = (MAPS, 1) if takes_maps else (tuple(cls.example_inputs(TOKENS)[0].shape), -1)
         for example in cls.examples:
             layer = cls(**example)
-            layer.build(channel_axis=1, channels=MAPS[1], shape=MAPS, site_id="site")
-            x = torch.randn(MAPS, requires_grad=True)
+            layer.build(channel_axis=axis, channels=shape[axis], shape=shape, site_id="site")
+            x = torch.randn(shape, requires_grad=True)
             kept, highest = kept_by(layer, x), peak_of(layer, x)
             told = f"{name} {' '.join(f'{key}={value}' for key, value in example.items())}"
             print(f"  {told:50.50}{kept:8.3f}{highest:8.2f}")

@@ -311,6 +311,42 @@ def _images(function: Callable[..., object], **layers: Callable[[], nn.Module]) 
     return ZooModel(lambda: Net(function, **{name: make() for name, make in layers.items()}), _IMAGE)  # type: ignore[arg-type]
 
 
+class SoftTree(nn.Module):
+    """A decision node whose subtrees are others, or linear experts."""
+
+    def __init__(self, depth: int, *, mirrored: bool = False) -> None:
+        super().__init__()
+        self.gate, self.mirrored = nn.Linear(16, 1), mirrored
+        make = (lambda: nn.Linear(16, 4)) if depth == 1 else (lambda: SoftTree(depth - 1, mirrored=mirrored))
+        self.left, self.right = make(), make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mirrored:  # the same in other words
+            share = F.dropout(torch.sigmoid(self.gate(x)), 0.1, self.training).expand(-1, -1, 4)
+            return torch.add(torch.rsub(share, 1).mul(self.right(x)), torch.mul(self.left(x), share))
+        share = self.gate(x).sigmoid()
+        return share * self.left(x) + (1 - share) * self.right(x)
+
+
+def _stacked_tree(net: Net, x: Tensor) -> Tensor:
+    """The gates of all nodes by one layer."""
+    share = net.gates(x).sigmoid()
+    first, second = share[..., :1], share[..., 1:]
+    return first * net.left(x) + (1 - first) * second * net.right(x)
+
+
+def _half_mixtures(net: Net, x: Tensor) -> Tensor:
+    """One product without the other; both, and a norm between them and their sum."""
+    x = x * net.one(x).sigmoid()
+    share = net.two(x).sigmoid()
+    return net.norm(share * net.left(x)) + (1 - share) * net.right(x)
+
+
+def _half_mixtures_net() -> nn.Module:
+    linear = {"left": nn.Linear(16, 4), "right": nn.Linear(16, 4)}
+    return Net(_half_mixtures, one=nn.Linear(16, 1), two=nn.Linear(16, 1), norm=nn.LayerNorm(4), **linear)
+
+
 NETS: dict[str, ZooModel] = {
     "valid_unet": ZooModel(ValidUNet, (2, 3, 92, 92)),
     "strided_unet": ZooModel(StridedUNet, (2, 3, 32, 32)),
@@ -363,6 +399,10 @@ NETS: dict[str, ZooModel] = {
         norm3=partial(nn.BatchNorm2d, 8),
         conv3=_conv(8, 8, 3, 1, 1),
     ),
+    "soft_tree": ZooModel(partial(SoftTree, 2), _TOKENS),
+    "soft_tree_written": ZooModel(partial(SoftTree, 2, mirrored=True), _TOKENS),
+    "stacked_tree": _tokens(_stacked_tree, gates=(16, 2), left=(16, 4), right=(16, 4)),
+    "half_mixtures": ZooModel(_half_mixtures_net, _TOKENS),
     "patches": ZooModel(_patches_net, _IMAGE),
     "two_readers": _images(
         _two_inputs_of_one, left=_conv(3, 8, 3), right=_conv(3, 8, 3), norm=partial(nn.BatchNorm2d, 8)

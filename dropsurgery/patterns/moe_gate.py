@@ -1,0 +1,357 @@
+"""The gate of a mixture of experts: a product with weights gives scores, which are activated and chosen from.
+
+    x ─ scorer ─ logits ─ softmax, sigmoid … ─ topk, argmax …  ─ weights, indices ─▶ experts      in either order
+    x ─ scorer ─ logits ─ softmax, sigmoid ─ weights ─▶ all experts                                a dense gate
+
+Found by dataflow: the scorer is a linear layer or a product with a parameter; casts, shapes, scaling, a bias, noise and
+masks lie between. As many experts as there are scores have to be in sight, in what takes the weights or beside the gate
+(`_experts.py`); without them it is a candidate, told among the misses and left alone. Attention, scores that come from a
+convolution, a gate of one, a softmax or a choice over tokens, sparsemixer and scores that only leave the net are none.
+
+Where a gate's forward stays Python, its linear layer is taken by itself if experts are beside it; where there is no such
+layer either, the miss names the line that stands in the way.
+
+Edges:
+- `logits`: the scores before they are activated or chosen from, after casts, by one call for both; what the gate gives
+  out for balance losses stays as it is. `selection`: the scores with the bias that only the choice sees.
+- `input`: what the scorer alone reads. `probabilities`: the weights as they leave for the experts. `indices`: the chosen.
+- `hidden`: what the last layer inside of each expert reads. `output`: the sum over the experts.
+- `block`: the module that holds gate and experts, to be swapped.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import fx
+
+from dropsurgery.kinds import data_inputs, kind_of, mixes, tensor_inputs, tensor_users
+from dropsurgery.matching import Match, Miss, Op, Pattern, called
+from dropsurgery.patterns._experts import place, within
+from dropsurgery.patterns._gates import Gate, Refusal, capacity_axis, count_of, gate_at, returned, width_of
+from dropsurgery.patterns._scores import chosen, name_of, operand_of, shape_of
+from dropsurgery.records import Edge, GateFact
+
+
+@dataclass(frozen=True)
+class _Gates(Pattern):
+    """Matches at the scorer; how near a miss came is its own depth."""
+
+    def match(self, node: fx.Node) -> Match | Miss:
+        """The gate whose scorer is at a node; a forward that stays Python may hide one."""
+        if node.meta.get("opaque"):
+            return _hidden_gate(node)
+        if kind_of(node) not in ("linear", "matmul", "conv"):
+            return Miss("no scorer", node)
+        found = gate_at(node)
+        if isinstance(found, Refusal):
+            return Miss(found.reason, node, found.depth)
+        return Match(self, {"scorer": node})
+
+
+def _hidden_gate(node: fx.Node) -> Miss:
+    """A forward that stays Python, beside experts, and no linear layer to take instead."""
+    root = node.graph.owning_module
+    path: str = node.meta["path"]
+    if root is None or not path:
+        return Miss("a forward that stays Python", node)
+    for home in dict.fromkeys((path, path.rpartition(".")[0])):
+        listed = [child for child in root.get_submodule(home).modules() if _lists(child)]
+        inside = [other for other in node.graph.nodes if other is not node and within(other.meta.get("owner", "-"), home)]
+        if listed and not any(isinstance(gate_at(other), Gate) for other in inside if kind_of(other) in ("linear", "matmul")):
+            why = f"{node.meta['reason']}, at {node.meta['line']}" if node.meta.get("line") else node.meta["reason"]
+            return Miss(f"unsupported: '{path}' stays Python ({why})", node, 3)
+    return Miss("a forward that stays Python", node)
+
+
+def _lists(module: object) -> bool:
+    """Whether a module may hold experts: several alike that are no layers themselves, or all of them in one parameter."""
+    parameters = getattr(module, "_parameters", {})
+    return any(p is not None and p.ndim == 3 and p.shape[0] > 1 for p in parameters.values())
+
+
+def _gate(match: Match) -> Gate:
+    found = gate_at(match.nodes["scorer"])
+    assert isinstance(found, Gate), found
+    return found
+
+
+# -- edges -----------------------------------------------------------------------------------------------------------
+def _logits(match: Match) -> tuple[Edge, ...] | Miss:
+    gate = _gate(match)
+    scorer = gate.scores.scorer
+    if gate.lone:
+        return (Edge(scorer, module=scorer.meta["path"]),)
+    users = {alias.node: _decides(gate, alias.node) for alias in gate.scores.logits}
+    sources = [node for node, deciding in users.items() if deciding]
+    edges: list[Edge] = []
+    for source in sources:
+        edges += _for_some(source, users[source], gate)
+    if len(edges) > 1:
+        common = _common(gate, sources)
+        edges = list(_for_some(*common, gate)) if common is not None else edges
+    return tuple(edges) or Miss("the logits are taken by keyword, only positions can be reached", scorer)
+
+
+def _decides(gate: Gate, node: fx.Node) -> list[fx.Node]:
+    """The users of logits by which experts are weighted or chosen; none that only looks at shapes, or gives them out."""
+    scores, found = gate.scores, []
+    for user in tensor_users(node):
+        if user.op == "output" or (user in scores.aliases and not scores.aliases[user].scores):
+            continue
+        if user in scores.aliases or user in scores.choices or (user in scores.derived and _leads_to_choice(user, gate)):
+            found.append(user)
+    return found
+
+
+def _leads_to_choice(node: fx.Node, gate: Gate) -> bool:
+    """Whether a node has a part in the choice or in the weights."""
+    ends = {node for node in (gate.choice, gate.weights, gate.activation) if node is not None}
+    seen: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        each = queue.pop()
+        if each in ends:
+            return True
+        if each not in seen and each in gate.scores.derived and name_of(each) not in ("full_like", "zeros_like"):
+            seen.add(each)
+            queue += [user for user in tensor_users(each) if user.op != "output"]
+    return False
+
+
+def _for_some(source: fx.Node, users: list[fx.Node], gate: Gate) -> list[Edge]:
+    """One call for some users of a tensor, for each forward that they are in."""
+    by_owner: dict[str, list[fx.Node]] = defaultdict(list)
+    for user in sorted(users):
+        by_owner[user.meta["owner"]].append(user)
+    beside = (("input", Edge(gate.scores.scorer, gate.operand)),)
+    edges = []
+    for group in by_owner.values():
+        positions = [(user, operand) for user in group if (operand := operand_of(user, source)) is not None]
+        if len(positions) == len(group):
+            (first, operand), *others = positions
+            edges.append(Edge(first, operand, also=tuple(others), beside=beside))
+    return edges
+
+
+def _common(gate: Gate, sources: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]] | None:
+    """The latest form of the logits that all of these come from, and those of its users that lead to them."""
+    ways = [_way(gate, source) for source in sources]
+    shared = [node for node in ways[0] if all(node in way for way in ways)]
+    if not shared:
+        return None
+    source = shared[0]
+    users = [user for user in tensor_users(source) if user.op != "output" and (any(user in way for way in ways) or user in _decides(gate, source))]
+    if any(_gives_out(node, gate) for way in ways for node in way[: way.index(source)]):
+        return None
+    return source, users
+
+
+def _way(gate: Gate, node: fx.Node) -> list[fx.Node]:
+    """A form of the logits, and those before it, back to the scorer."""
+    way: list[fx.Node] = []
+    at: fx.Node | None = node
+    while at is not None:
+        way.append(at)
+        at = gate.scores.aliases[at].before
+    return way
+
+
+def _gives_out(node: fx.Node, gate: Gate) -> bool:
+    level_node = node.meta.get("level_node")
+    return level_node is not None and any(user.op == "output" for user in level_node.users)
+
+
+def _selection(match: Match) -> tuple[Edge, ...] | Miss:
+    gate = _gate(match)
+    if gate.corrected is None:
+        return Miss("no bias is added for the choice alone", gate.scores.scorer)
+    return (Edge(gate.corrected),)
+
+
+def _input(match: Match) -> tuple[Edge, ...] | Miss:
+    gate = _gate(match)
+    scorer = gate.scores.scorer
+    return (Edge(scorer, gate.operand, module=scorer.meta["path"] if gate.lone else None),)
+
+
+def _probabilities(match: Match) -> tuple[Edge, ...] | Miss:
+    gate = _gate(match)
+    if gate.weights is None:
+        return Miss(_not_seen(gate, "the weights"), gate.scores.scorer)
+    return (Edge(gate.weights),)
+
+
+def _indices(match: Match) -> tuple[Edge, ...] | Miss:
+    gate = _gate(match)
+    if gate.choice is None:
+        return Miss(_not_seen(gate, "indices") if gate.lone else "a dense gate chooses none", gate.scores.scorer)
+    _, indices = chosen(gate.choice)
+    if indices is None:
+        return Miss(f"{called(gate.choice)} gives no indices that are used", gate.choice)
+    lookups = [user for user in tensor_users(indices) if user in gate.scores.derived and name_of(user) in _LOOKUPS]
+    level_node = indices.meta["level_node"]
+    kept = {user.meta["level_node"] for user in lookups if user.meta["owner"] == indices.meta["owner"]}
+    if all(user in kept for user in level_node.users):
+        return Miss("the chosen are written to their places among all experts (a mask), no indices leave", indices)
+    return (Edge(indices, but=tuple(user for user in lookups if user.meta["level_node"] in kept)),)
+
+
+_LOOKUPS = frozenset({"gather", "scatter", "scatter_add", "one_hot", "take_along_dim", "index_select", "index_fill"})
+
+
+def _hidden(match: Match) -> tuple[Edge, ...] | Miss:
+    gate = _gate(match)
+    graph, experts = gate.scores.scorer.graph, gate.experts
+    if experts.modules:
+        lasts = [_last_layer(graph, path) for path in experts.modules]
+        edges = [Edge(layer, operand) for layer, operand in filter(None, lasts)]
+        whole = len(edges) == len(lasts)
+        return tuple(edges) if whole else Miss("the experts have no hidden units, or are in no graph", gate.scores.scorer)
+    if gate.choice is None and experts.stacked is not None:
+        return Miss("the experts are weights that are summed, without units of their own", gate.scores.scorer)
+    if experts.stacked is not None:
+        found = _stacked_layers(graph, experts.home or experts.stacked, gate.scores)
+        if found:
+            return tuple(found)
+    return Miss("the experts are in no graph: their forward stays Python", gate.scores.scorer)
+
+
+def _last_layer(graph: fx.Graph, expert: str) -> tuple[fx.Node, int] | None:
+    """The last of several layers of an expert, and where it takes the hidden units."""
+    layers = [node for node in graph.nodes if _is_layer(node) and within(place(node), expert) and "level_node" in node.meta]
+    if len(layers) < 2:
+        return None
+    operand = operand_of(layers[-1], data_inputs(layers[-1])[0])
+    return (layers[-1], operand) if isinstance(operand, int) else None
+
+
+def _is_layer(node: fx.Node) -> bool:
+    return node.op != "placeholder" and node.meta.get("role") is not None and mixes(node) and bool(data_inputs(node))
+
+
+def _stacked_layers(graph: fx.Graph, home: str, scores: object) -> list[Edge]:
+    """What each product with the last parameter that holds all experts takes."""
+    by_weight: dict[fx.Node, list[fx.Node]] = {}
+    experts: int = getattr(scores, "experts")
+    for node in graph.nodes:
+        if node.meta.get("role") is None or not within(node.meta.get("owner", "-"), home) or node.op == "placeholder":
+            continue
+        for source in tensor_inputs(node):
+            weight = _parameter(source, experts)
+            if weight is not None and data_inputs(node):
+                by_weight.setdefault(weight, []).append(node)
+    products = [nodes for nodes in by_weight.values() if any(len(shape_of(weight)) > 2 for weight in by_weight if by_weight[weight] is nodes)]
+    if len(products) < 2:
+        return []
+    edges = []
+    for node in products[-1]:
+        main = max(data_inputs(node), key=lambda source: len(shape_of(source)))
+        operand = operand_of(node, main)
+        if operand is None:
+            return []
+        edges.append(Edge(node, operand))
+    return edges
+
+
+def _parameter(node: fx.Node, experts: int, depth: int = 6) -> fx.Node | None:
+    """The parameter of all experts that a tensor is a form or a slice of."""
+    if node.meta["role"] is not None:
+        return None
+    if node.op == "get_attr":
+        shape = shape_of(node)
+        return node if len(shape) > 2 and shape[0] == experts else None
+    found = (_parameter(source, experts, depth - 1) for source in tensor_inputs(node)) if depth else ()
+    return next((each for each in found if each is not None), None)
+
+
+def _output(match: Match) -> tuple[Edge, ...] | Miss:
+    gate = _gate(match)
+    scorer, experts = gate.scores.scorer, gate.experts
+    if gate.choice is None and experts.mixed is not None:
+        kernels = experts.home is None
+        return Miss("the experts are weights that are summed", scorer) if kernels else (Edge(experts.mixed),)
+    home = experts.home
+    if not home or gate.lone:
+        return Miss(_not_seen(gate, "the sum over the experts") if gate.lone else "no module holds gate and experts alone", scorer)
+    for node in reversed(scorer.graph.nodes):
+        if node.meta.get("owner") == home and _is_result(node):
+            return (Edge(node),)
+    return Miss(f"'{home}' stays Python, or gives nothing of its own", scorer)
+
+
+def _is_result(node: fx.Node) -> bool:
+    """Whether a tensor is what the forward that it is in gives."""
+    if node.op in ("placeholder", "output") or not shape_of(node) or "level_node" not in node.meta:
+        return False
+    level_node: fx.Node = node.meta["level_node"]
+    return any(user.op == "output" for user in level_node.users)
+
+
+def _block(match: Match) -> tuple[Edge, ...] | Miss:
+    gate = _gate(match)
+    home = gate.experts.home
+    if not home or _holds_more(gate, home):
+        return Miss("no module holds gate and experts alone", gate.scores.scorer)
+    return (Edge(gate.scores.scorer, layer=True, module=home),)
+
+
+def _holds_more(gate: Gate, home: str) -> bool:
+    """Whether a module does more than to mix experts: it adds its own input to the result, or attends."""
+    for node in gate.scores.scorer.graph.nodes:
+        if not within(node.meta.get("owner", "-"), home):
+            continue
+        join = node.meta.get("join")
+        inside = any(within(place(node), path) for path in gate.experts.modules)
+        if (join is not None and join.shortcut is not None and not inside) or kind_of(node) == "attention":
+            return True
+    return False
+
+
+def _not_seen(gate: Gate, what: str) -> str:
+    return f"{what} are in no graph: the gate's forward stays Python, and its layer alone is in reach" if gate.lone else f"{what} are not told apart"
+
+
+# -- facts -----------------------------------------------------------------------------------------------------------
+_WITH_AXIS = ("logits", "selection")
+
+
+def _fact(match: Match, edge: str, at: Edge) -> GateFact:
+    gate = _gate(match)
+    scorer = gate.scores.scorer
+    axis = gate.weights_axis if edge == "probabilities" else None
+    if edge == "logits":
+        alias = gate.scores.aliases.get(at.source)
+        axis = alias.axis if alias is not None else gate.scores.axis
+    elif edge == "selection":
+        axis = gate.scores.aliases[at.source].axis
+    return GateFact(
+        gate=f"{scorer.meta['path']}#{scorer.meta['call']}",
+        experts=gate.scores.experts,
+        axis=axis,
+        k=count_of(gate),
+        scores=gate.kind or "unknown",
+        order=gate.order,
+        bias_corrected=gate.corrected is not None,
+        capacity_axis=capacity_axis(gate),
+        returned=returned(gate),
+        features=width_of(gate),
+    )
+
+
+PATTERN = _Gates(
+    "moe_gate",
+    forms=[(Op("scorer"),)],
+    edges={
+        "logits": _logits,
+        "selection": _selection,
+        "input": _input,
+        "probabilities": _probabilities,
+        "indices": _indices,
+        "hidden": _hidden,
+        "output": _output,
+        "block": _block,
+    },
+    gate=_fact,
+)
