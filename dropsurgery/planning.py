@@ -146,7 +146,9 @@ def site_at(at: Edge, pattern: str, edge: str) -> Site:
         source = data_inputs(node)[0]
     meta, value = node.meta, source.meta.get("value")
     return Site(
-        id=f"{meta['path']}#{meta['call']}:{pattern}.{edge}" if at.module is None else f"{at.module}#0:{pattern}.{edge}",
+        id=f"{meta['path']}#{meta['call']}:{pattern}.{edge}"
+        if at.module is None
+        else f"{at.module}#0:{pattern}.{edge}",
         module=at.module or (meta["path"] if node.op == "call_module" else meta["owner"]),
         pattern=pattern,
         edge=edge,
