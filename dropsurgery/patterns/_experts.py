@@ -161,7 +161,7 @@ def _contracted(node: fx.Node, weights: fx.Node, scores: Scores) -> Experts | No
             continue
         stack = _stack_behind(other, scores.experts)
         if stack is not None:
-            return Experts(_common([place(branch) for branch in stack]), mixed=node)
+            return _branches(stack, scores, node)
         slices = kind_of(node) == "matmul" and other.meta["role"] is None and _leading(other, scores.experts)
         if slices and _used_as_weight(node):
             return Experts(None, stacked=place(node), mixed=node)
@@ -227,7 +227,16 @@ def _one_by_one(weights: fx.Node, scores: Scores) -> Experts | None:
     sums = set(reach(products[0])) if products[0] is not None else set()  # type: ignore[arg-type]
     for product in products[1:]:
         sums &= set(reach(product)) if product is not None else set()
-    return Experts(_common([place(other) for other in others]), mixed=min(sums) if sums else None)
+    return _branches(others, scores, min(sums) if sums else None)
+
+
+def _branches(ends: list[fx.Node], scores: Scores, mixed: fx.Node | None) -> Experts:
+    """Experts that are branches of one forward; where each is in a module of its own, those."""
+    places = [place(end) for end in ends]
+    around = _common(places)
+    own = [path[len(around) :].strip(".").partition(".")[0] for path in places]
+    modules = [f"{around}.{name}".strip(".") for name in own] if all(own) and len(set(own)) == len(own) else []
+    return Experts(_common([*places, place(scores.scorer)]), tuple(modules), mixed=mixed)
 
 
 def _product(node: fx.Node, scores: Scores, depth: int = 4) -> fx.Node | None:

@@ -326,11 +326,21 @@ def _holds_more(gate: Gate, home: str) -> bool:
     for node in gate.scores.scorer.graph.nodes:
         if not within(node.meta.get("owner", "-"), home):
             continue
-        join = node.meta.get("join")
         inside = any(within(place(node), path) for path in gate.experts.modules)
-        if (join is not None and join.shortcut is not None and not inside) or kind_of(node) == "attention":
+        if (_adds_its_input(node) and not inside) or kind_of(node) == "attention":
             return True
     return False
+
+
+def _adds_its_input(node: fx.Node) -> bool:
+    """Whether a sum is a residual one whose shortcut does nothing, and not that with a shared expert."""
+    join = node.meta.get("join")
+    if join is None or join.shortcut is None:
+        return False
+    shortcut = node.args[join.shortcut]
+    while isinstance(shortcut, fx.Node) and kind_of(shortcut) in ("layout", "identity") and shortcut is not join.fork:
+        shortcut = data_inputs(shortcut)[0]
+    return shortcut is join.fork
 
 
 def _not_seen(gate: Gate, what: str) -> str:
