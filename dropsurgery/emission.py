@@ -258,7 +258,9 @@ def emit_owner(module: nn.Module, edits: dict[LocalEdit, nn.Module], levels: lis
 
 def _root_graph(root: nn.Module, level: Any) -> fx.Graph:
     """The root's own level; one opaque node where no graph says all of it."""
-    if isinstance(level, Level) and not (level.guards or level.random or level.reads_training or level.regions or level.sets):
+    if isinstance(level, Level) and not (
+        level.guards or level.random or level.reads_training or level.regions or level.sets
+    ):
         return clean(level.graph)
     return whole_call(root, "")
 

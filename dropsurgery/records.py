@@ -57,12 +57,12 @@ class GateFact:
     """What is known of the gate of a mixture of experts that a site belongs to.
 
     `gate` names it: the same for all sites of one gate. `axis` is the experts' axis of the tensor at this site, counted
-    from the end; None where it has none. `k` experts are chosen for each token, None where all are mixed (a dense gate).
-    `scores` is what makes weights of logits ("softmax", "sigmoid"), `order` how they and the choice follow each other
-    ("softmax_topk", "topk_softmax", "argmax_onehot", "dense"). `bias_corrected`: a tensor is added to the scores for the
-    choice alone. `capacity_axis`: the axis of the logits along which the chosen are counted up; None where nothing
-    limits how many tokens an expert takes. `returned`: the raw logits leave the gate too, for balance losses.
-    `features` is the width of what the scorer reads.
+    from the end; None where it has none. `k` experts are chosen for each token, None where all are mixed (a dense
+    gate) or where that is not known. `scores` is what makes weights of logits ("softmax", "sigmoid"), `order` how they
+    and the choice follow each other ("softmax_topk", "topk_softmax", "argmax_onehot", "dense"; "unknown" where only
+    the layer is in reach). `bias_corrected`: a tensor is added to the scores for the choice alone. `capacity_axis`: the
+    axis of the logits along which the chosen are counted up; None where nothing limits how many tokens an expert takes.
+    `returned`: the raw logits leave the gate too, for balance losses. `features` is the width of what the scorer reads.
     """
 
     gate: str

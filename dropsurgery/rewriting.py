@@ -67,7 +67,7 @@ def rewrite(captured: Captured, edits: Sequence[Edit], build: Build) -> nn.Modul
 
 
 def _levels_of(captured: Captured, path: str, edits: Collection[LocalEdit]) -> list[Level]:
-    """What was recorded of a module; of a leaf, or of one whose whole forward a regularizer stands in for, its calls."""
+    """What was recorded of a module; of one whose forward a regularizer stands in for, its calls."""
     module = captured.model.get_submodule(path)
     levels = captured.view.levels.get(path, [])
     if all(edit.kind != "swap" for edit in edits) and levels:
@@ -147,8 +147,8 @@ def _home(model: nn.Module, calls: Counter[nn.Module], edit: Edit) -> tuple[str,
                 return leaf[0], LocalEdit(OWN, leaf[1], "", edit.site.id, takes=takes)
         if alone:
             raise SurgeryError(
-                f"{edit.site.id}: '{edit.site.module}' is called several times by a forward that stays Python, or runs a "
-                "forward of its own instance: leave this site out (`where: {exclude: …}`)"
+                f"{edit.site.id}: '{edit.site.module}' is called several times by a forward that stays Python, or runs "
+                "a forward of its own instance: leave this site out (`where: {exclude: …}`)"
             )
     if "forward" in owner.__dict__:  # it would run instead of the generated one
         raise SurgeryError(
@@ -164,8 +164,8 @@ def _local(edit: Edit, at: Edge) -> LocalEdit:
     for name in _taken(edit):
         if name not in beside or beside[name].node.meta["owner"] != at.node.meta["owner"]:
             raise SurgeryError(
-                f"{edit.site.id}: {edit.regularizer} needs the {name} of this place beside it, which is not in reach of "
-                f"the forward of '{edit.site.owner}'"
+                f"{edit.site.id}: {edit.regularizer} needs the {name} of this place beside it, which is not in reach "
+                f"of the forward of '{edit.site.owner}'"
             )
     return LocalEdit(
         _name(at.node),

@@ -73,7 +73,12 @@ def router_classes() -> Iterator[type[nn.Module]]:
         except Exception:  # an optional dependency of one model
             continue
         for each in vars(module).values():
-            if inspect.isclass(each) and issubclass(each, nn.Module) and each.__module__ == name and _NAMED.search(each.__name__):
+            if (
+                inspect.isclass(each)
+                and issubclass(each, nn.Module)
+                and each.__module__ == name
+                and _NAMED.search(each.__name__)
+            ):
                 yield each
 
 
@@ -304,7 +309,12 @@ def _blocks(cls: type[nn.Module]) -> list[nn.Module]:
     home = importlib.import_module(cls.__module__)
     made = []
     for each in list(vars(home).values()):
-        if inspect.isclass(each) and issubclass(each, nn.Module) and each.__module__ == home.__name__ and each is not cls:
+        if (
+            inspect.isclass(each)
+            and issubclass(each, nn.Module)
+            and each.__module__ == home.__name__
+            and each is not cls
+        ):
             made += _holding(cls, each)
     return sorted(made, key=lambda block: len(list(block.modules())))
 
@@ -335,7 +345,7 @@ def _captured(module: nn.Module, width: int) -> Captured | str:
 
 
 def _inputs(module: nn.Module, width: int) -> list[Any]:
-    """What a forward takes: hidden states, in batches of sequences or in one row, and token ids where it asks for such."""
+    """What a forward takes: hidden states, as sequences or in one row, and token ids where it asks for them."""
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(*_TOKENS, width, generator=generator)
     given: list[Any] = []
@@ -363,7 +373,11 @@ def table(rows: list[Row]) -> str:
     lines = ["| class | result | alone | experts | chosen | order | remarks |", "|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: (row.result, row.name)):
         gate = row.gate
-        cells = [gate.experts, gate.k or "", gate.order + (" + bias" if gate.bias_corrected else "")] if gate else ["", "", ""]
+        cells = (
+            [gate.experts, gate.k or "", gate.order + (" + bias" if gate.bias_corrected else "")]
+            if gate
+            else ["", "", ""]
+        )
         detail = " ".join(row.detail.split())[:160].replace("|", "/")
         lines.append("| " + " | ".join(map(str, (row.name, row.result, row.alone, *cells, detail))) + " |")
     counts = Counter(row.result for row in rows)

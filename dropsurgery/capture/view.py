@@ -2,8 +2,9 @@
 
 Every node knows where it lives: `meta` holds `owner` (path of the innermost module whose forward holds it),
 `path` and `call` (its stable name), `level_node` (the node of the owner's own graph), `module` (of a leaf),
-`value` (shapes and dtypes on the example input), `given` (to or by a part that stays Python) and `identity` (a stochastic layer that is silent in eval). What an
-opaque forward calls is in no graph of its owner: it has no `level_node`, and a leaf there has the `inputs` of its call.
+`value` (shapes and dtypes on the example input), `given` (to or by a part that stays Python) and `identity`
+(a stochastic layer that is silent in eval). What an opaque forward calls is in no graph of its owner: it has no
+`level_node`, and a leaf there has the `inputs` of its call.
 """
 
 from __future__ import annotations

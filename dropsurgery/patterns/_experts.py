@@ -99,7 +99,9 @@ def taken_by(scores: Scores) -> Experts | None:
     for node in _consumers(scores):
         weights = [source for source in tensor_inputs(node) if source.meta["role"] is None]
         if any(_leading(source, scores.experts) for source in weights) and (mixes(node) or name_of(node) == "getitem"):
-            return Experts(parent(place(node)) if place(node) != scores.scorer.meta["owner"] else place(node), stacked=place(node))
+            return Experts(
+                parent(place(node)) if place(node) != scores.scorer.meta["owner"] else place(node), stacked=place(node)
+            )
         owner = place(node)
         if root is None or within(scores.scorer.meta["owner"], owner) or within(place(scores.scorer), owner):
             continue
@@ -111,7 +113,7 @@ def taken_by(scores: Scores) -> Experts | None:
 
 
 def _consumers(scores: Scores) -> Iterator[fx.Node]:
-    """The nodes that take what the gate made, together with something else or as a layer; and those in other modules."""
+    """The nodes that take what the gate made, with something else or as a layer; and those in other modules."""
     own = scores.scorer.meta["owner"]
     for node in (scores.scorer, *scores.derived):
         for user in tensor_users(node):
@@ -127,7 +129,7 @@ def _leading(node: fx.Node, experts: int, depth: int = 6) -> bool:
 
 
 def mixed(scores: Scores) -> tuple[Experts | None, str]:
-    """The experts that a gate without a choice mixes: stacked branches, slices of a parameter, or products one by one."""
+    """The experts that a gate without a choice mixes: stacked branches, slices of a parameter, products one by one."""
     reason = "nothing mixes experts by it"
     for alias in scores.aliases.values():
         if not alias.scores:
@@ -144,7 +146,9 @@ def mixed(scores: Scores) -> tuple[Experts | None, str]:
             if kind_of(user) == "mul":
                 reason = "it scales what it is multiplied with, and mixes no experts (squeeze and excitation)"
             elif kind_of(user) == "matmul":
-                reason = "what it weights are no experts: neither stacked branches nor slices of a parameter (attention)"
+                reason = (
+                    "what it weights are no experts: neither stacked branches nor slices of a parameter (attention)"
+                )
     return None, reason
 
 
@@ -157,10 +161,10 @@ def _contracted(node: fx.Node, weights: fx.Node, scores: Scores) -> Experts | No
             continue
         stack = _stack_behind(other, scores.experts)
         if stack is not None:
-            return Experts(_common([place(branch) for branch in stack]), mixed=node)
-        if kind_of(node) == "matmul" and other.meta["role"] is None and _leading(other, scores.experts):
-            if _used_as_weight(node):
-                return Experts(None, stacked=place(node), mixed=node)
+            return _branches(stack, scores, node)
+        slices = kind_of(node) == "matmul" and other.meta["role"] is None and _leading(other, scores.experts)
+        if slices and _used_as_weight(node):
+            return Experts(None, stacked=place(node), mixed=node)
     return None
 
 
@@ -223,7 +227,16 @@ def _one_by_one(weights: fx.Node, scores: Scores) -> Experts | None:
     sums = set(reach(products[0])) if products[0] is not None else set()  # type: ignore[arg-type]
     for product in products[1:]:
         sums &= set(reach(product)) if product is not None else set()
-    return Experts(_common([place(other) for other in others]), mixed=min(sums) if sums else None)
+    return _branches(others, scores, min(sums) if sums else None)
+
+
+def _branches(ends: list[fx.Node], scores: Scores, mixed: fx.Node | None) -> Experts:
+    """Experts that are branches of one forward; where each is in a module of its own, those."""
+    places = [place(end) for end in ends]
+    around = _common(places)
+    own = [path[len(around) :].strip(".").partition(".")[0] for path in places]
+    modules = [f"{around}.{name}".strip(".") for name in own] if all(own) and len(set(own)) == len(own) else []
+    return Experts(_common([*places, place(scores.scorer)]), tuple(modules), mixed=mixed)
 
 
 def _product(node: fx.Node, scores: Scores, depth: int = 4) -> fx.Node | None:

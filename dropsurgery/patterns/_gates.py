@@ -1,4 +1,4 @@
-"""The parts of a gate: what scores experts, what makes weights of the scores, what chooses, and who takes the result."""
+"""The parts of a gate: what scores experts, what makes weights of it, what chooses, and who takes the result."""
 
 from __future__ import annotations
 
@@ -100,7 +100,11 @@ def _scorer(node: fx.Node) -> tuple[int, Operand | None, str | None] | None:
         return -1, operand, None
     if name_of(node) == "einsum":
         axis = _einsum_axis(node, data[0])
-        return (axis, operand, None) if axis is not None else (-1, operand, "its weights give more axes than that of the experts")
+        return (
+            (axis, operand, None)
+            if axis is not None
+            else (-1, operand, "its weights give more axes than that of the experts")
+        )
     tensors = [item for item in node.args if isinstance(item, fx.Node)]
     first = tensors[:1] == [data[0]] or name_of(node) in ("addmm", "baddbmm")
     return -1 if first else -2, operand, None
@@ -121,14 +125,21 @@ def _objection(scores: Scores) -> str | None:
     """Why scores are not those of experts, whatever takes them."""
     if scores.across:
         node = scores.across[0]
-        over = "tokens choose no expert there, experts choose tokens" if name_of(node) in CHOICES else "over tokens, not experts"
+        over = (
+            "tokens choose no expert there, experts choose tokens"
+            if name_of(node) in CHOICES
+            else "over tokens, not experts"
+        )
         return f"{called(node)} over axis {axis_of(node)}, and the experts' is {scores.axis}: {over}"
     if scores.experts == 1:
         return "a gate of one: with E = 1 there is nothing to choose from"
     if scores.experts > MOST_EXPERTS:
         return f"{scores.experts} scores: words of a vocabulary, not experts"
     if compared_with_maximum(scores) is not None:
-        return "sparsemixer: it masks the logits by their distance to the largest, and another mask leaves its second choice to chance"
+        return (
+            "sparsemixer: it masks the logits by their distance to the largest, and under another mask its second "
+            "choice would be left to chance"
+        )
     return None
 
 
@@ -143,7 +154,9 @@ def _sparse(scores: Scores, operand: Operand) -> Gate | Refusal:
         return Refusal(f"{called(choice)} of scores that no softmax or sigmoid makes weights of", 2)
     experts = _experts(scores, choice)
     if experts is None:
-        return Refusal(f"candidate: {order} over {scores.experts} scores, but no {scores.experts} experts are in sight", 3)
+        return Refusal(
+            f"candidate: {order} over {scores.experts} scores, but no {scores.experts} experts are in sight", 3
+        )
     corrected = _corrected(scores, before)
     weights, axis = _weights(scores, choice, activation)
     return Gate(scores, operand, experts, activation, kind, choice, order, corrected, weights, axis)
@@ -188,7 +201,9 @@ def _looks_up(node: fx.Node, scores: Scores) -> bool:
     if not node.args or node.args[0] not in scores.aliases:
         return False
     by_place = any(each in scores.derived for each in data_inputs(node)[1:])
-    return name_of(node) in _LOOKUPS and by_place or (name_of(node) in ("mul", "where", "masked_fill") and by_place and _comes_from_choice(node, scores))
+    return (name_of(node) in _LOOKUPS and by_place) or (
+        name_of(node) in ("mul", "where", "masked_fill") and by_place and _comes_from_choice(node, scores)
+    )
 
 
 _LOOKUPS = frozenset({"gather", "getitem", "take_along_dim", "index_select"})
@@ -212,14 +227,24 @@ def _weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> tuple[fx.N
         return None, None
     node = start
     while True:
-        users = [user for user in tensor_users(node) if _goes_on(user, node, scores) and within(user.meta["owner"], home)]
+        users = [
+            user for user in tensor_users(node) if _goes_on(user, node, scores) and within(user.meta["owner"], home)
+        ]
         if len(users) != 1:
             break
         node = users[0]
-    while kind_of(node) == "layout" and len(shape_of(node)) != len(shape_of(data_inputs(node)[0])) and node is not start:
+    while (
+        kind_of(node) == "layout" and len(shape_of(node)) != len(shape_of(data_inputs(node)[0])) and node is not start
+    ):
         node = data_inputs(node)[0]
     alias = scores.aliases.get(node)
-    axis = alias.axis if alias is not None else -1 if shape_of(node)[-1:] == (scores.experts,) and _spread(node, scores) else None
+    axis = (
+        alias.axis
+        if alias is not None
+        else -1
+        if shape_of(node)[-1:] == (scores.experts,) and _spread(node, scores)
+        else None
+    )
     return node, axis
 
 
@@ -239,7 +264,9 @@ def _first_weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> fx.N
 
 
 def _only_compares(node: fx.Node) -> bool:
-    return name_of(node) in ("lt", "le", "gt", "ge", "eq", "ne") or (name_of(node) == "getitem" and all(map(_only_compares, tensor_users(node))))
+    return name_of(node) in ("lt", "le", "gt", "ge", "eq", "ne") or (
+        name_of(node) == "getitem" and all(map(_only_compares, tensor_users(node)))
+    )
 
 
 def _of_scores(node: fx.Node, scores: Scores) -> bool:
@@ -247,7 +274,9 @@ def _of_scores(node: fx.Node, scores: Scores) -> bool:
     return source in scores.aliases
 
 
-_KEPT = frozenset({"to", "float", "type", "type_as", "clamp", "add", "iadd", "itruediv", "truediv", "div", "mul", "imul"})
+_KEPT = frozenset(
+    {"to", "float", "type", "type_as", "clamp", "add", "iadd", "itruediv", "truediv", "div", "mul", "imul"}
+)
 
 
 def _goes_on(user: fx.Node, node: fx.Node, scores: Scores) -> bool:
@@ -293,7 +322,9 @@ def _last(scores: Scores, alias: Alias) -> Alias:
     """The weights after all that scales them."""
     while True:
         after = [scores.aliases[user] for user in tensor_users(alias.node) if user in scores.aliases]
-        after = [each for each in after if kind_of(each.node) != "layout" or shape_of(each.node) == shape_of(alias.node)]
+        after = [
+            each for each in after if kind_of(each.node) != "layout" or shape_of(each.node) == shape_of(alias.node)
+        ]
         users = [user for user in tensor_users(alias.node) if user not in scores.derived]
         if len(after) != 1 or users:
             return alias
@@ -323,7 +354,11 @@ def returned(gate: Gate) -> bool:
     """Whether raw logits leave the module that makes them."""
     for alias in gate.scores.logits:
         level_node = alias.node.meta.get("level_node")
-        if level_node is not None and any(user.op == "output" for user in level_node.users) and gate.activation is not None:
+        if (
+            level_node is not None
+            and any(user.op == "output" for user in level_node.users)
+            and gate.activation is not None
+        ):
             return True
     return False
 
@@ -354,7 +389,9 @@ def count_of(gate: Gate) -> int | None:
         k = argument(gate.choice, 1, "k")
         return k if isinstance(k, int) else None
     if name_of(gate.choice) in ("argmax", "max"):
-        return len({source for c in gate.scores.choices if name_of(c) in ("argmax", "max") for source in data_inputs(c)})
+        return len(
+            {source for c in gate.scores.choices if name_of(c) in ("argmax", "max") for source in data_inputs(c)}
+        )
     return None
 
 

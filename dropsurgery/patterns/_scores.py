@@ -19,8 +19,10 @@ from dropsurgery.records import TensorFact
 CHOICES = frozenset({"topk", "argmax", "sort", "argsort", "max", "kthvalue", "msort"})
 _RISING = {"sigmoid": "sigmoid", "hardsigmoid": "sigmoid", "softplus": "softplus", "exp": "exp"}
 _POINTWISE = frozenset(
-    ("clamp", "clamp_min", "clamp_max", "clip", "nan_to_num", "tanh", "sqrt", "log", "log1p", "square", "pow", "abs", "neg")
-    + ("relu", "gelu", "silu", "elu", "leaky_relu", "log_sigmoid", "logsigmoid", "detach", "clone", "contiguous")
+    {
+        *("clamp", "clamp_min", "clamp_max", "clip", "nan_to_num", "tanh", "sqrt", "log", "log1p", "square", "pow"),
+        *("abs", "neg", "relu", "gelu", "silu", "elu", "leaky_relu", "logsigmoid", "detach", "clone", "contiguous"),
+    }
 )
 _ARITHMETIC = frozenset({"add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv", "div_", "where"})
 _MASKED = frozenset({"masked_fill", "where"})

@@ -3,18 +3,19 @@
     x ─ scorer ─ logits ─ softmax, sigmoid … ─ topk, argmax …  ─ weights, indices ─▶ experts      in either order
     x ─ scorer ─ logits ─ softmax, sigmoid ─ weights ─▶ all experts                                a dense gate
 
-Found by dataflow: the scorer is a linear layer or a product with a parameter; casts, shapes, scaling, a bias, noise and
-masks lie between. As many experts as there are scores have to be in sight, in what takes the weights or beside the gate
-(`_experts.py`); without them it is a candidate, told among the misses and left alone. Attention, scores that come from a
-convolution, a gate of one, a softmax or a choice over tokens, sparsemixer and scores that only leave the net are none.
+Found by dataflow: the scorer is a linear layer or a product with a parameter; casts, shapes, scaling, a bias, noise
+and masks lie between. As many experts as there are scores have to be in sight, in what takes the weights or beside the
+gate (`_experts.py`); without them it is a candidate, told among the misses and left alone. Attention, scores that come
+from a convolution, a gate of one, a softmax or a choice over tokens, and sparsemixer are none.
 
-Where a gate's forward stays Python, its linear layer is taken by itself if experts are beside it; where there is no such
-layer either, the miss names the line that stands in the way.
+Where a gate's forward stays Python, its linear layer is taken by itself if experts are beside it; where there is no
+such layer either, the miss names the line that stands in the way.
 
 Edges:
 - `logits`: the scores before they are activated or chosen from, after casts, by one call for both; what the gate gives
   out for balance losses stays as it is. `selection`: the scores with the bias that only the choice sees.
-- `input`: what the scorer alone reads. `probabilities`: the weights as they leave for the experts. `indices`: the chosen.
+- `input`: what the scorer alone reads. `probabilities`: the weights as they leave for the experts. `indices`: the
+  experts that were chosen.
 - `hidden`: what the last layer inside of each expert reads. `output`: the sum over the experts.
 - `block`: the module that holds gate and experts, to be swapped.
 """
@@ -30,7 +31,7 @@ from dropsurgery.kinds import data_inputs, kind_of, mixes, tensor_inputs, tensor
 from dropsurgery.matching import Match, Miss, Op, Pattern, called
 from dropsurgery.patterns._experts import place, within
 from dropsurgery.patterns._gates import Gate, Refusal, capacity_axis, count_of, gate_at, returned, width_of
-from dropsurgery.patterns._scores import chosen, name_of, operand_of, shape_of
+from dropsurgery.patterns._scores import Scores, chosen, name_of, operand_of, shape_of
 from dropsurgery.records import Edge, GateFact
 
 
@@ -58,15 +59,19 @@ def _hidden_gate(node: fx.Node) -> Miss:
         return Miss("a forward that stays Python", node)
     for home in dict.fromkeys((path, path.rpartition(".")[0])):
         listed = [child for child in root.get_submodule(home).modules() if _lists(child)]
-        inside = [other for other in node.graph.nodes if other is not node and within(other.meta.get("owner", "-"), home)]
-        if listed and not any(isinstance(gate_at(other), Gate) for other in inside if kind_of(other) in ("linear", "matmul")):
+        inside = [
+            other for other in node.graph.nodes if other is not node and within(other.meta.get("owner", "-"), home)
+        ]
+        if listed and not any(
+            isinstance(gate_at(other), Gate) for other in inside if kind_of(other) in ("linear", "matmul")
+        ):
             why = f"{node.meta['reason']}, at {node.meta['line']}" if node.meta.get("line") else node.meta["reason"]
             return Miss(f"unsupported: '{path}' stays Python ({why})", node, 3)
     return Miss("a forward that stays Python", node)
 
 
 def _lists(module: object) -> bool:
-    """Whether a module may hold experts: several alike that are no layers themselves, or all of them in one parameter."""
+    """Whether a module may hold all experts in one parameter."""
     parameters = getattr(module, "_parameters", {})
     return any(p is not None and p.ndim == 3 and p.shape[0] > 1 for p in parameters.values())
 
@@ -95,12 +100,16 @@ def _logits(match: Match) -> tuple[Edge, ...] | Miss:
 
 
 def _decides(gate: Gate, node: fx.Node) -> list[fx.Node]:
-    """The users of logits by which experts are weighted or chosen; none that only looks at shapes, or gives them out."""
+    """The users of logits by which experts are weighted or chosen, none that only looks at shapes."""
     scores, found = gate.scores, []
     for user in tensor_users(node):
         if user.op == "output" or (user in scores.aliases and not scores.aliases[user].scores):
             continue
-        if user in scores.aliases or user in scores.choices or (user in scores.derived and _leads_to_choice(user, gate)):
+        if (
+            user in scores.aliases
+            or user in scores.choices
+            or (user in scores.derived and _leads_to_choice(user, gate))
+        ):
             found.append(user)
     return found
 
@@ -142,7 +151,11 @@ def _common(gate: Gate, sources: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]]
     if not shared:
         return None
     source = shared[0]
-    users = [user for user in tensor_users(source) if user.op != "output" and (any(user in way for way in ways) or user in _decides(gate, source))]
+    users = [
+        user
+        for user in tensor_users(source)
+        if user.op != "output" and (any(user in way for way in ways) or user in _decides(gate, source))
+    ]
     if any(_gives_out(node, gate) for way in ways for node in way[: way.index(source)]):
         return None
     return source, users
@@ -208,7 +221,9 @@ def _hidden(match: Match) -> tuple[Edge, ...] | Miss:
         lasts = [_last_layer(graph, path) for path in experts.modules]
         edges = [Edge(layer, operand) for layer, operand in filter(None, lasts)]
         whole = len(edges) == len(lasts)
-        return tuple(edges) if whole else Miss("the experts have no hidden units, or are in no graph", gate.scores.scorer)
+        return (
+            tuple(edges) if whole else Miss("the experts have no hidden units, or are in no graph", gate.scores.scorer)
+        )
     if gate.choice is None and experts.stacked is not None:
         return Miss("the experts are weights that are summed, without units of their own", gate.scores.scorer)
     if experts.stacked is not None:
@@ -220,7 +235,9 @@ def _hidden(match: Match) -> tuple[Edge, ...] | Miss:
 
 def _last_layer(graph: fx.Graph, expert: str) -> tuple[fx.Node, int] | None:
     """The last of several layers of an expert, and where it takes the hidden units."""
-    layers = [node for node in graph.nodes if _is_layer(node) and within(place(node), expert) and "level_node" in node.meta]
+    layers = [
+        node for node in graph.nodes if _is_layer(node) and within(place(node), expert) and "level_node" in node.meta
+    ]
     if len(layers) < 2:
         return None
     operand = operand_of(layers[-1], data_inputs(layers[-1])[0])
@@ -231,10 +248,10 @@ def _is_layer(node: fx.Node) -> bool:
     return node.op != "placeholder" and node.meta.get("role") is not None and mixes(node) and bool(data_inputs(node))
 
 
-def _stacked_layers(graph: fx.Graph, home: str, scores: object) -> list[Edge]:
+def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
     """What each product with the last parameter that holds all experts takes."""
     by_weight: dict[fx.Node, list[fx.Node]] = {}
-    experts: int = getattr(scores, "experts")
+    experts = scores.experts
     for node in graph.nodes:
         if node.meta.get("role") is None or not within(node.meta.get("owner", "-"), home) or node.op == "placeholder":
             continue
@@ -242,7 +259,11 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: object) -> list[Edge]:
             weight = _parameter(source, experts)
             if weight is not None and data_inputs(node):
                 by_weight.setdefault(weight, []).append(node)
-    products = [nodes for nodes in by_weight.values() if any(len(shape_of(weight)) > 2 for weight in by_weight if by_weight[weight] is nodes)]
+    products = [
+        nodes
+        for nodes in by_weight.values()
+        if any(len(shape_of(weight)) > 2 for weight in by_weight if by_weight[weight] is nodes)
+    ]
     if len(products) < 2:
         return []
     edges = []
@@ -274,7 +295,10 @@ def _output(match: Match) -> tuple[Edge, ...] | Miss:
         return Miss("the experts are weights that are summed", scorer) if kernels else (Edge(experts.mixed),)
     home = experts.home
     if not home or gate.lone:
-        return Miss(_not_seen(gate, "the sum over the experts") if gate.lone else "no module holds gate and experts alone", scorer)
+        return Miss(
+            _not_seen(gate, "the sum over the experts") if gate.lone else "no module holds gate and experts alone",
+            scorer,
+        )
     for node in reversed(scorer.graph.nodes):
         if node.meta.get("owner") == home and _is_result(node):
             return (Edge(node),)
@@ -302,15 +326,29 @@ def _holds_more(gate: Gate, home: str) -> bool:
     for node in gate.scores.scorer.graph.nodes:
         if not within(node.meta.get("owner", "-"), home):
             continue
-        join = node.meta.get("join")
         inside = any(within(place(node), path) for path in gate.experts.modules)
-        if (join is not None and join.shortcut is not None and not inside) or kind_of(node) == "attention":
+        if (_adds_its_input(node) and not inside) or kind_of(node) == "attention":
             return True
     return False
 
 
+def _adds_its_input(node: fx.Node) -> bool:
+    """Whether a sum is a residual one whose shortcut does nothing, and not that with a shared expert."""
+    join = node.meta.get("join")
+    if join is None or join.shortcut is None:
+        return False
+    shortcut = node.args[join.shortcut]
+    while isinstance(shortcut, fx.Node) and kind_of(shortcut) in ("layout", "identity") and shortcut is not join.fork:
+        shortcut = data_inputs(shortcut)[0]
+    return shortcut is join.fork
+
+
 def _not_seen(gate: Gate, what: str) -> str:
-    return f"{what} are in no graph: the gate's forward stays Python, and its layer alone is in reach" if gate.lone else f"{what} are not told apart"
+    return (
+        f"{what} are in no graph: the gate's forward stays Python, and its layer alone is in reach"
+        if gate.lone
+        else f"{what} are not told apart"
+    )
 
 
 # -- facts -----------------------------------------------------------------------------------------------------------
