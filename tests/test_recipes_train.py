@@ -240,7 +240,8 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "zoneout_gru": [_SEQUENCER, reader],
     "zoneout_lstm": [_SEQUENCER, reader],
 }
-# What acts on few batches, or in one place by a coin, is looked at at this rate; where it then is always the same, at a half.
+# What acts on few batches, or in one place by a coin, is looked at at this rate; what then is always the same, at a
+# half.
 SELDOM = {
     "focused_dropout_resnet": 1.0,
     "gate_expert_drop_moe": 0.5,

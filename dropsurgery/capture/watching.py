@@ -7,6 +7,7 @@ import inspect
 import random
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,37 @@ _UNSAYABLE: tuple[tuple[Any, str], ...] = (
 )
 # They take sizes one by one, which torch's own argument parser refuses where the first is a stand-in.
 _BY_SIZE = ("zeros", "ones", "empty", "rand", "randn")
-# They take a number or a tensor for one argument, and torch's own argument parser would read the number of a stand-in
-# as of a tensor, which crashes the interpreter.
-_BY_NUMBER = ("where", "clamp", "clip", "full", "full_like", "arange", "linspace")
+_BUILTIN = (types.BuiltinFunctionType, types.BuiltinMethodType)
+_NUMBERS = frozenset({"number", "Scalar", "int", "float", "bool", "SymInt"})
 _NOTHING = object()
+
+
+@functools.cache
+def _by_number() -> tuple[tuple[dict[str, Any], dict[str, Callable[..., Any]]], ...]:
+    """The functions of each of torch's rooms that take a number, for which a tensor may be given.
+
+    Their argument parser takes what says that it is a tensor for one in C++, and would read the number of a stand-in
+    out of memory that holds none, which crashes the interpreter.
+    """
+    rooms: list[tuple[dict[str, Any], dict[str, Callable[..., Any]]]] = []
+    for room in (torch, torch.special, torch.linalg, torch.fft):
+        found = {name: made for name, made in vars(room).items() if isinstance(made, _BUILTIN) and name[0] != "_"}
+        rooms.append((vars(room), found))
+    known = rooms[0][1]
+    schemas = [(schema.name.partition("::"), schema) for schema in torch._C._jit_get_all_schemas()]
+    asking = {name for (home, _, name), schema in schemas if name in known and home == "aten" and _asks_number(schema)}
+    rooms[0] = (vars(torch), {name: known[name] for name in asking - _OF_DATA})
+    return tuple(rooms)
+
+
+def _asks_number(schema: Any) -> bool:
+    """Whether a form of an operator takes a number besides other things."""
+    asked = {str(each.type).removeprefix("Optional[").removesuffix("]") for each in schema.arguments}
+    return len(schema.arguments) > 1 and not asked.isdisjoint(_NUMBERS)
+
+
+# They make tensors of whatever they are given, by rules of their own.
+_OF_DATA = frozenset({"tensor", "as_tensor", *_BY_SIZE})
 
 
 @contextmanager
@@ -63,10 +91,12 @@ def watched(recorder: Recorder) -> Iterator[None]:
             *((torch, name, watch.question(getattr(torch, name))) for name in _QUESTIONS),
             *((place, name, watch.unsayable(place, name)) for place, name in _UNSAYABLE),
             *((torch, name, watch.by_size(getattr(torch, name))) for name in _BY_SIZE),
-            *((torch, name, watch.by_number(getattr(torch, name))) for name in _BY_NUMBER),
         ):
             patches.callback(_restore, place, name, vars(place).get(name, _NOTHING))
             setattr(place, name, made)
+        for room, functions in _by_number():
+            patches.callback(room.update, functions)
+            room.update({name: watch.by_number(real) for name, real in functions.items()})
         yield
 
 

@@ -42,6 +42,11 @@ def level_of(net: nn.Module) -> Level | Opaque:
         lambda x: torch.where(x > 0, 1.0, x),
         lambda x: torch.clamp(x, min=x.mean(), max=x.amax()),
         lambda x: torch.full((4,), 2.0) * torch.full_like(x, 3.0),
+        lambda x: x * torch.pow(x.pow(2).mean(-1, keepdim=True) + 1e-6, -0.5),
+        lambda x: torch.remainder(x, 2) + torch.float_power(2.0, x).float(),
+        lambda x: torch.eq(x, other=x.mean()) + torch.add(x, x, alpha=2),
+        lambda x: torch.cumsum(x, -1) + torch.special.xlogy(2, x.abs()),
+        lambda x: torch.linalg.vector_norm(x, 2, -1, True) * x,
     ],
 )
 def test_a_number_beside_a_tensor(numbers: Any) -> None:
@@ -55,6 +60,13 @@ def test_a_number_beside_a_tensor(numbers: Any) -> None:
     assert isinstance(level_of(net), Level)
     gm = apply_recipe(net, EVERYWHERE, example_inputs=example()).eval()
     assert torch.equal(gm(example()), net(example()))
+
+
+def test_torch_is_as_it_was() -> None:
+    rooms = (torch, torch.special, torch.linalg, torch.fft, torch.nn.functional)
+    before = [dict(vars(room)) for room in rooms]
+    level_of(nn.Sequential(nn.Linear(4, 4)))
+    assert all(vars(room) == was for room, was in zip(rooms, before, strict=True))
 
 
 class Notes(Two):
