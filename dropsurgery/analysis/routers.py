@@ -100,13 +100,18 @@ def tried(cls: type[nn.Module]) -> Row:
 
 
 def _found(module: nn.Module, width: int) -> tuple[str, str]:
-    """What is found in a module by itself, and why not more."""
-    captured = _captured(module, width)
-    if isinstance(captured, str):
-        return "untraced", captured
-    found = find(captured.view.graph, PATTERN)
-    captured.view.release()
-    return _result(found)
+    """What is found in a module by itself, and why not more; where nothing is, on tokens in one row as well."""
+    tries = []
+    for flat in (False, True):
+        captured = _captured(module, width, flat)
+        if isinstance(captured, str):
+            tries.append(("untraced", captured))
+            continue
+        tries.append(_result(find(captured.view.graph, PATTERN)))
+        captured.view.release()
+        if tries[-1][0] in ("matched", "candidate"):
+            return tries[-1]
+    return tries[0]
 
 
 def _result(found: Found) -> tuple[str, str]:
@@ -274,6 +279,7 @@ def _value(name: str, config: Any) -> Any:
     aliases = {
         "input_size": ("hidden_size",), "hidden_size": ("hidden_size",), "dim": ("hidden_size",),
         "num_experts": ("num_local_experts", "num_experts"), "top_k": ("num_experts_per_tok",),
+        "ffn_dim": ("encoder_ffn_dim",),
     }  # fmt: skip
     return next((getattr(config, key) for key in (name, *aliases.get(name, ())) if hasattr(config, key)), None)
 
@@ -336,9 +342,12 @@ def _holding(cls: type[nn.Module], home: type[nn.Module]) -> list[nn.Module]:
     return []
 
 
-def _captured(module: nn.Module, width: int) -> Captured | str:
+def _captured(module: nn.Module, width: int, flat: bool = False) -> Captured | str:
+    given = _inputs(module, width)
+    if flat:
+        given[0] = given[0].flatten(0, -2)
     try:
-        return capture(module, tuple(_inputs(module, width)))
+        return capture(module, tuple(given))
     except (CaptureError, SurgeryError) as error:
         cause = error.__cause__
         return f"{type(cause).__name__}: {cause}" if cause is not None else str(error)

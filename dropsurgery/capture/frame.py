@@ -127,6 +127,11 @@ class Frame:
         self.level.sets[name] = value
         return True
 
+    def holds(self, name: str, value: Any) -> bool:
+        """Whether an attribute is a plain value, and is set to that very one."""
+        held = self.probe.__dict__.get(name, _NOTHING)
+        return name not in self._set and type(value) in _SETTABLE and type(held) is type(value) and held == value
+
     def makes_anew(self, name: str, value: Any) -> bool:
         """Whether an attribute may be set to a value for the time of the recording."""
         fields = self.probe.__dict__

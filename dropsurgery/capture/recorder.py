@@ -350,6 +350,8 @@ class Recorder(TorchFunctionMode):
             return False  # it is there already
         if probe is frame.probe and (frame.notes_down(name, value) or frame.makes_anew(name, value)):
             return True
+        if probe is frame.probe and frame.holds(name, value):
+            return False
         if isinstance(value, Traced) and value._node.target in IN_PLACE:
             changed = value._node.args[0]
             if isinstance(changed, fx.Node) and changed.op == "get_attr" and changed.target == name:

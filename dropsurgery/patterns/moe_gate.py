@@ -31,7 +31,7 @@ from dropsurgery.kinds import data_inputs, kind_of, mixes, tensor_inputs, tensor
 from dropsurgery.matching import Match, Miss, Op, Pattern, called
 from dropsurgery.patterns._experts import place, within
 from dropsurgery.patterns._gates import Gate, Refusal, capacity_axis, count_of, gate_at, returned, width_of
-from dropsurgery.patterns._scores import Scores, chosen, name_of, operand_of, shape_of
+from dropsurgery.patterns._scores import Scores, argument, chosen, name_of, operand_of, shape_of
 from dropsurgery.records import Edge, GateFact
 
 
@@ -180,7 +180,26 @@ def _selection(match: Match) -> tuple[Edge, ...] | Miss:
     gate = _gate(match)
     if gate.corrected is None:
         return Miss("no bias is added for the choice alone", gate.scores.scorer)
-    return (Edge(gate.corrected),)
+    return (Edge(gate.corrected), *(Edge(node) for node in _filled_up(gate)))
+
+
+def _filled_up(gate: Gate) -> list[fx.Node]:
+    """Fills of scores between the bias and the choice by numbers that what is masked before them falls short of.
+
+    Groups of experts that were not chosen may be filled with zeros: more than the scores of masked ones.
+    """
+    assert gate.choice is not None
+    scores, found = gate.scores, []
+    at = next((source for source in data_inputs(gate.choice) if source in scores.aliases), None)
+    while at is not None and at is not gate.corrected:
+        fill = argument(at, 2, "value" if name_of(at) == "masked_fill" else "other")
+        if name_of(at) in ("masked_fill", "where") and not (isinstance(fill, (int, float)) and fill < _LOWEST):
+            found.append(at)
+        at = scores.aliases[at].before
+    return found
+
+
+_LOWEST = -1e30
 
 
 def _input(match: Match) -> tuple[Edge, ...] | Miss:

@@ -93,6 +93,26 @@ def test_plain_attributes_that_a_forward_sets() -> None:
         assert (gm.given, gm.mode) == (net.given, net.mode) == (torch.float32, "train" if mode else "eval")
 
 
+class Remembers(Two):
+    """Sets an attribute that it has read to what it holds already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit: int | None = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.limit = x.shape[0] if self.limit is None else self.limit
+        return self.b(self.a(x)[: self.limit])
+
+
+def test_an_attribute_that_is_set_to_what_it_holds() -> None:
+    net = Remembers()
+    level = level_of(net)
+    assert isinstance(level, Level) and level.reads["", "limit"] == 3 and not level.sets
+    gm = apply_recipe(net, EVERYWHERE, example_inputs=example()).eval()
+    assert torch.equal(gm(example().repeat(2, 1)), net(example().repeat(2, 1)))
+
+
 class Counts(Two):
     def __init__(self) -> None:
         super().__init__()

@@ -119,7 +119,7 @@ def _sigmoid_bias_topk(net: Any, x: Tensor) -> Any:
     return w / (w.sum(-1, keepdim=True) + 1e-20), i
 
 
-def _grouped(net: Any, x: Tensor) -> Any:
+def _grouped(net: Any, x: Tensor, fill: float = float("-inf")) -> Any:
     """Experts in two groups, of which one is left."""
     logits = F.linear(x.float(), net.m.float())
     scores = logits.sigmoid()
@@ -127,8 +127,13 @@ def _grouped(net: Any, x: Tensor) -> Any:
     groups = biased.view(-1, 2, EXPERTS // 2).topk(2, dim=-1)[0].sum(-1)
     mask = torch.zeros_like(groups).scatter_(1, groups.topk(1, dim=-1, sorted=False)[1], 1)
     mask = mask.unsqueeze(-1).expand(-1, 2, EXPERTS // 2).reshape(-1, EXPERTS)
-    i = biased.masked_fill(~mask.bool(), float("-inf")).topk(2, dim=-1, sorted=False)[1]
+    i = biased.masked_fill(~mask.bool(), fill).topk(2, dim=-1, sorted=False)[1]
     return logits, scores.gather(1, i) * 2.5, i
+
+
+def _filled(net: Any, x: Tensor) -> Any:
+    """The experts of the other group have the score zero: more than one that is masked."""
+    return _grouped(net, x, 0.0)
 
 
 def _softmax_bias_view(net: Any, x: Tensor) -> Any:
@@ -381,6 +386,7 @@ GATES: dict[str, Case] = {
     "topk, softmax": Case(_of(_topk_softmax), "topk_softmax"),
     "sigmoid, bias, topk": Case(_of(_sigmoid_bias_topk), "sigmoid_topk", bias=True),
     "groups": Case(_of(_grouped), "sigmoid_topk", bias=True),
+    "groups, zeros": Case(_of(_filled), "sigmoid_topk", bias=True),
     "softmax, bias, view": Case(_of(_softmax_bias_view), "softmax_topk", bias=True),
     "bias, topk, softmax": Case(_of(_logits_bias_topk), "topk_softmax", bias=True),
     "softplus": Case(_of(_softplus_sqrt), "softplus_sqrt_topk"),

@@ -110,7 +110,7 @@ def test_masked_experts_have_no_part(name: str) -> None:
     assert not torch.equal(plain, changed)  # without the mask they have one
 
 
-@pytest.mark.parametrize("name", ["sigmoid, bias, topk", "groups", "softmax, bias, view"])
+@pytest.mark.parametrize("name", ["sigmoid, bias, topk", "groups", "groups, zeros", "softmax, bias, view"])
 def test_one_mask_is_not_enough_behind_a_bias(name: str) -> None:
     net = built(name)
     with torch.no_grad():
@@ -123,6 +123,15 @@ def test_one_mask_is_not_enough_behind_a_bias(name: str) -> None:
         inserted(captured, {**masks, sites_of(captured, "indices")[0]: watch})(tokens())
         chosen.append(set(watch.seen.unique().tolist()))
     assert chosen == [{2, 3}, {0, 1}]
+
+
+@pytest.mark.parametrize("kept", [(0, 2), (0, 3), (1, 2), (1, 3)])
+def test_zeros_behind_the_bias_do_not_beat_the_mask(kept: tuple[int, ...]) -> None:
+    """One expert of each group is left: its score is zero where the other group is chosen, and the masked ones' too."""
+    captured, watch = capture(built("groups, zeros"), tokens()), Watch()
+    masks: dict[Any, nn.Module] = {s: Keep(-1, kept) for e in ("logits", "selection") for s in sites_of(captured, e)}
+    inserted(captured, {**masks, sites_of(captured, "indices")[0]: watch})(tokens())
+    assert set(watch.seen.unique().tolist()) == set(kept)
 
 
 class Watch(nn.Module):
