@@ -93,7 +93,7 @@ def test_plain_attributes_that_a_forward_sets() -> None:
         assert (gm.given, gm.mode) == (net.given, net.mode) == (torch.float32, "train" if mode else "eval")
 
 
-class Remembers(Two):
+class Holds(Two):
     """Sets an attribute that it has read to what it holds already."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Remembers(Two):
 
 
 def test_an_attribute_that_is_set_to_what_it_holds() -> None:
-    net = Remembers()
+    net = Holds()
     level = level_of(net)
     assert isinstance(level, Level) and level.reads["", "limit"] == 3 and not level.sets
     gm = apply_recipe(net, EVERYWHERE, example_inputs=example()).eval()
