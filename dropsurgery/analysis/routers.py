@@ -42,12 +42,12 @@ _SMALL = {
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "shared_expert_intermediate_size": 16, "ffn_hidden_size": 48,
     "vocab_size": 64, "num_hidden_layers": 2, "expert_ffn_hidden_size": 16, "prefix_dense_intermediate_size": 16,
     "shared_intermediate_size": 16, "intermediate_size_mlp": 48, "router_hidden_size": 16, "moe_latent_size": 32,
-    "moe_shared_expert_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16, "moe_hidden_size": 32,
 }  # fmt: skip
 # Where the default configuration has none, or one.
 _COUNTS = {
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "top_k_experts": 2, "num_experts_per_tok": 2,
-    "moe_topk": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1,
+    "moe_topk": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
 }  # fmt: skip
 _TOKENS = (2, 6)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dropsurgery.regularizers._base import Rate, Regularizer
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers.dropout import dropout
 
 
@@ -38,6 +39,7 @@ class ExpertDropout(Regularizer):
     shapes = "any shape: tokens (..., f), or of all experts at once"
     needs = "a mixture of experts (pattern moe_gate); elsewhere it is dropout"
     examples = ({"p": 0.3},)
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
 
     p: Tensor
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import scale_of, uniform
 
 Rescale = Literal["test", "train"]
@@ -64,6 +65,7 @@ class ExpertOutputMasking(Regularizer):
     shapes = "weights (..., k)"
     needs = "a mixture of experts (pattern moe_gate)"
     examples = ({"p": 0.2}, {"p": 0.5, "rescale": "train"}, {"p": 0.3, "unit": "token"})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
 
     p: Tensor
 

@@ -58,6 +58,7 @@ from dropsurgery.errors import SurgeryError, SurgeryWarning
 from dropsurgery.records import Site, TensorFact
 from dropsurgery.regularizers._base import Keys, Rate, Regularizer, check_count, rate_tensor, require
 from dropsurgery.regularizers._gates import SCORES, away, machine_of, require_experts
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_traced, require_own_numbers
 from dropsurgery.regularizers._uniform import uniform
 
@@ -157,6 +158,7 @@ class GatingDropout(Regularizer):
     shapes = "scores (..., E); by relabelling indices (..., k); with expert_drop what the block takes"
     needs = "a mixture of experts (pattern moe_gate)"
     examples = ({"p": 0.3}, {"p": 0.5, "virtual_ranks": 2}, {"p": 0.4, "per": "microbatch"})
+    taxonomy = Taxonomy(transforms="architecture", space="hidden")
     drops = "other"
 
     p: Tensor

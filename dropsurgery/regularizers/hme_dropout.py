@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 Sample = Literal["per_sample", "per_batch"]
@@ -58,6 +59,7 @@ class HmeDropout(Regularizer):
     shapes = "gates (B, ..., 1)"
     needs = "a soft tree, node by node (pattern hme_node)"
     examples = ({"p": 0.3}, {"p": 0.2, "sample": "per_batch"}, {"p": 0.5, "eval_rule": "full"})
+    taxonomy = Taxonomy(transforms="architecture", space="hidden")
 
     p: Tensor
 

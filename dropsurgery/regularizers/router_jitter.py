@@ -23,6 +23,7 @@ from torch import Tensor
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._blocks import fresh_key
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_transformed
 from dropsurgery.regularizers._uniform import uniform
 
@@ -90,6 +91,7 @@ class RouterJitter(Regularizer):
     shapes = "tokens (..., d)"
     needs = "a mixture of experts (pattern moe_gate)"
     examples = ({"p": 0.5}, {"p": 0.2, "epsilon": 0.3})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     drops = "other"
 
     p: Tensor

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
 from dropsurgery.regularizers._gates import require_experts
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import full_precision
 from dropsurgery.regularizers._uniform import uniform
 
@@ -106,6 +107,7 @@ class RouterNoise(Regularizer):
     shapes = "scores (..., E)"
     needs = "a mixture of experts (pattern moe_gate); noisy top-k an optimizer built after surgery"
     examples = ({"p": 0.5}, {"p": 0.3, "noise": "normal"})
+    taxonomy = Taxonomy(transforms=("data", "architecture"), space="hidden")
     drops = "other"
     takes: ClassVar[tuple[str, ...]] = ("input",)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dropsurgery.errors import SurgeryError
 from dropsurgery.regularizers._base import Rate, Regularizer, rate_tensor, require
+from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._uniform import uniform
 
 
@@ -57,6 +58,7 @@ class TopkAssignmentDrop(Regularizer):
     shapes = "weights (..., k)"
     needs = "a mixture of experts (pattern moe_gate)"
     examples = ({"p": 0.2},)
+    taxonomy = Taxonomy(transforms="architecture", space="hidden")
 
     p: Tensor
 
