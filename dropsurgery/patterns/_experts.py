@@ -47,34 +47,34 @@ def place(node: fx.Node) -> str:
     return path
 
 
-def beside(root: nn.Module, owners: Iterable[str], experts: int, scorer: str) -> Experts | None:
-    """The experts that lie in one of the modules around a gate, or two levels above, the nearest first.
-
-    `scorer` is the path of what makes the scores, which is none of the experts.
-    """
+def beside(root: nn.Module, owners: Iterable[str], experts: int, scorer: fx.Node) -> Experts | None:
+    """The experts that lie in one of the modules around a gate, or two levels above, the nearest first."""
     homes = dict.fromkeys(home for owner in owners for home in (owner, parent(owner), parent(parent(owner))))
     for home in sorted(homes, key=lambda path: -path.count(".") - bool(path)):
-        found = _in(root.get_submodule(home), home, experts, scorer)
-        if found is not None:
-            return found
+        for found in _in(root.get_submodule(home), home, experts, place(scorer)):
+            if _apart(found, scorer):
+                return found
     return None
 
 
-def apart(experts: Experts, scorer: fx.Node) -> bool:
+def _apart(experts: Experts, scorer: fx.Node) -> bool:
     """Whether the calls of modules are those of experts: none takes what another gives, nor makes what the scorer reads.
 
     Blocks one after the other are no experts, however many there are, and what is behind all of them is no gate but a
-    head. Of modules that are called several times the first calls count, and of those before the scorer the last ones.
+    head. Where the forward stays Python, the scores themselves, or what layers make of them, are nothing that experts
+    read. Of modules that are called several times the first calls count, and of those before the scorer the last ones.
     Modules that no call is known of are taken as they are.
     """
     index = {path: number for number, path in enumerate(experts.modules)}
-    made_by: dict[fx.Node, int] = {}
+    known = "level_node" in scorer.meta
+    made_by: dict[fx.Node, int] = {} if known else {scorer: 1 << len(index)}
     first: dict[int, int] = {}
     behind: set[int] = set()
     for node in scorer.graph.nodes:
         own = _number(node, index)
-        made = 0
-        for source in node.all_input_nodes:
+        made = made_by.get(node, 0)
+        passed_on = node.meta.get("continues")
+        for source in (*node.all_input_nodes, *([passed_on] if passed_on is not None else [])):
             made |= made_by.get(source, 0)
         if own is not None:
             if node.op != "placeholder":
@@ -85,7 +85,6 @@ def apart(experts: Experts, scorer: fx.Node) -> bool:
         if made:
             made_by[node] = made
     before = made_by.get(scorer, 0)
-    known = "level_node" in scorer.meta
     if any(own not in behind and (before >> own & 1 or not known) for own in first):
         return False
     return not any(first.values())
@@ -103,15 +102,15 @@ def _number(node: fx.Node, index: dict[str, int]) -> int | None:
     return None
 
 
-def _in(home: nn.Module, path: str, experts: int, scorer: str) -> Experts | None:
+def _in(home: nn.Module, path: str, experts: int, scorer: str) -> Iterator[Experts]:
+    """What could be the experts in a module; `scorer` is the path of what makes the scores, which is none of them."""
     for name, module in home.named_modules():
         at = f"{path}.{name}".strip(".")
         alike = _alike_children(module, experts)
         if alike and not any(within(scorer, f"{at}.{child}".strip(".")) for child in alike):
-            return Experts(path, modules=tuple(f"{at}.{child}".strip(".") for child in alike))
-        if _holds_all(module, experts):
-            return Experts(path, stacked=at)
-    return None
+            yield Experts(path, modules=tuple(f"{at}.{child}".strip(".") for child in alike))
+        elif _holds_all(module, experts):
+            yield Experts(path, stacked=at)
 
 
 def _alike_children(module: nn.Module, experts: int) -> list[str]:

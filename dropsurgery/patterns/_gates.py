@@ -10,7 +10,7 @@ from torch import fx, nn
 from dropsurgery.graph import Operand
 from dropsurgery.kinds import data_inputs, kind_of, kinds_of, tensor_inputs, tensor_users
 from dropsurgery.matching import called
-from dropsurgery.patterns._experts import Experts, apart, beside, mixed, place, taken_by, within
+from dropsurgery.patterns._experts import Experts, beside, mixed, place, taken_by, within
 from dropsurgery.patterns._scores import (
     CHOICES,
     Alias,
@@ -186,8 +186,7 @@ def _experts(scores: Scores, choice: fx.Node) -> Experts | None:
     found = None
     if root is not None:
         owners = dict.fromkeys((choice.meta["owner"], scorer.meta["owner"]))
-        found = beside(root, owners, scores.experts, place(scorer))
-        found = found if found is None or apart(found, scorer) else None
+        found = beside(root, owners, scores.experts, scorer)
     return found or taken_by(scores) or mixed(scores)[0]
 
 
@@ -345,10 +344,8 @@ def _lone(node: fx.Node) -> Gate | Refusal:
     if root is None or count < 2 or count > MOST_EXPERTS:
         return Refusal("a layer of a forward that stays Python", 0)
     around = path.rpartition(".")[0]
-    experts = beside(root, [around], count, path)
+    experts = beside(root, [around], count, node)
     if experts is None or any(within(path, each) for each in (*experts.modules, *filter(None, [experts.stacked]))):
-        return Refusal("a layer of a forward that stays Python", 0)
-    if not apart(experts, node):
         return Refusal("a layer of a forward that stays Python", 0)
     return Gate(Scores(node, -1, count), 0, experts, order="unknown", lone=True)
 
