@@ -365,15 +365,37 @@ def returned(gate: Gate) -> bool:
 
 def capacity_axis(gate: Gate) -> int | None:
     """The axis of the logits along which the chosen tokens of an expert are counted up, to be compared with a limit."""
-    rank = len(shape_of(gate.scores.scorer))
     for node in gate.scores.derived:
         if name_of(node) != "cumsum" or len(shape_of(node)) < 2:
             continue
         axis = axis_of(node, None)
-        limited = any(name_of(user) in ("lt", "le", "gt", "ge") for user in _near(node))
-        if axis is not None and limited and shape_of(node)[axis] != gate.scores.experts and -axis <= rank:
-            return axis
+        if axis is None or not any(name_of(user) in _LIMITS for user in _near(node)):
+            continue
+        found = _in_logits(node, axis, gate.scores)
+        if found is not None:
+            return found
     return None
+
+
+_LIMITS = frozenset({"lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"})
+
+
+def _in_logits(node: fx.Node, axis: int, scores: Scores) -> int | None:
+    """Which axis of the logits one of a mask of the chosen is, which may have slots besides, or experts first.
+
+    None for the experts' own: along it shares are added up, and no tokens counted.
+    """
+    logits, shape = shape_of(scores.scorer), shape_of(node)
+    experts, place = scores.axis % len(logits), axis % len(shape)
+    if shape == logits and place == experts:
+        return None
+    if place != experts and shape[: place + 1] == logits[: place + 1]:
+        return place - len(logits)
+    behind = axis + len(logits)
+    if behind >= 0 and behind != experts and shape[place] % logits[behind] == 0:  # slots may be in one row with tokens
+        return axis
+    alike = [i for i, extent in enumerate(logits) if i != experts and extent == shape[place]]
+    return alike[0] - len(logits) if len(alike) == 1 else None
 
 
 def _near(node: fx.Node, depth: int = 4) -> list[fx.Node]:
