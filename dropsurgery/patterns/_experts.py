@@ -302,7 +302,9 @@ def _branches(ends: list[fx.Node], scores: Scores, mixed: fx.Node | None) -> Exp
     """Experts that are branches of one forward; where each is in a module of its own, those."""
     places = [place(end) for end in ends]
     modules = [_own_module(path, places) for path in places]
-    return Experts(_common([*places, place(scores.scorer)]), tuple(filter(None, modules)) if all(modules) else (), mixed=mixed)
+    return Experts(
+        _common([*places, place(scores.scorer)]), tuple(filter(None, modules)) if all(modules) else (), mixed=mixed
+    )
 
 
 def _own_module(path: str, places: list[str]) -> str:

@@ -211,7 +211,7 @@ _LOOKUPS = frozenset({"gather", "getitem", "take_along_dim", "index_select"})
 
 def _comes_from_choice(node: fx.Node, scores: Scores) -> bool:
     """Whether a mask of the chosen is what a node takes besides."""
-    seen: list[fx.Node] = data_inputs(node)[1:]
+    seen: list[fx.Node] = [source for source in data_inputs(node) if source not in scores.aliases]
     for each in seen:  # it grows meanwhile
         if each in scores.choices:
             return True
@@ -249,9 +249,16 @@ def _weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> tuple[fx.N
 
 
 def _first_weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> fx.Node | None:
-    """The first tensor that holds the scores of the chosen: those that the choice gives, or those looked up by it."""
-    for node in scores.derived:
-        if name_of(node) in ("gather", "take_along_dim") and choice < node and _of_scores(node, scores):
+    """The first tensor that holds the scores of the chosen: those that the choice gives, or those looked up by it.
+
+    None where the chosen of several choices are looked up one by one: no tensor holds them all.
+    """
+    looked_up = [node for node in scores.derived if _gathers(node) and _of_scores(node, scores)]
+    looked_up = [node for node in looked_up if min(scores.choices) < node]
+    if len(looked_up) > 1 and len({_source(scores, each) for each in scores.choices}) > 1:
+        return None
+    for node in looked_up:
+        if choice < node:
             return node
     for node in sorted(scores.choices, reverse=True):
         values, _ = chosen(node)
@@ -259,8 +266,32 @@ def _first_weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> fx.N
             return values
     if activation > choice:
         return activation
-    masked = [node for node in scores.aliases if choice < node and scores.aliases[node].scores]
+    masked = [node for node in scores.aliases if choice < node and _masked(node, scores)]
+    if len(masked) > 1 and not all(_comes_from(node, masked[0], scores) for node in masked[1:]):
+        return None
     return masked[0] if masked else activation
+
+
+def _gathers(node: fx.Node) -> bool:
+    return name_of(node) in ("gather", "take_along_dim")
+
+
+def _masked(node: fx.Node, scores: Scores) -> bool:
+    """Whether scores were met by a mask of the chosen there, and go to more than another choice."""
+    others = [source for source in data_inputs(node) if source not in scores.aliases]
+    if not scores.aliases[node].scores or not others or not _comes_from_choice(node, scores):
+        return False
+    return any(user not in scores.choices for user in tensor_users(node))
+
+
+def _comes_from(node: fx.Node, start: fx.Node, scores: Scores) -> bool:
+    """Whether a tensor is made of another one."""
+    seen = [node]
+    for each in seen:  # it grows meanwhile
+        if each is start:
+            return True
+        seen += [source for source in data_inputs(each) if source in scores.derived and source not in seen]
+    return False
 
 
 def _only_compares(node: fx.Node) -> bool:
@@ -275,7 +306,22 @@ def _of_scores(node: fx.Node, scores: Scores) -> bool:
 
 
 _KEPT = frozenset(
-    {"to", "float", "type", "type_as", "clamp", "add", "iadd", "itruediv", "truediv", "div", "mul", "imul"}
+    {
+        "to",
+        "float",
+        "type",
+        "type_as",
+        "detach",
+        "clone",
+        "clamp",
+        "add",
+        "iadd",
+        "itruediv",
+        "truediv",
+        "div",
+        "mul",
+        "imul",
+    }
 )
 
 
@@ -288,6 +334,7 @@ def _goes_on(user: fx.Node, node: fx.Node, scores: Scores) -> bool:
     if name_of(user) in ("scatter", "scatter_add", "masked_fill", "normalize", "nan_to_num", "softplus", "exp", "sqrt"):
         return True
     first = user.args[0] if user.args else None
+    first = node if name_of(user) in ("add", "iadd") and node in user.args[:2] else first  # straight through
     return name_of(user) in _KEPT and first is node and shape_of(user) == shape_of(node)
 
 

@@ -274,9 +274,9 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
     for node in graph.nodes:
         if node.meta.get("role") is None or not within(node.meta.get("owner", "-"), home) or node.op == "placeholder":
             continue
-        for source in tensor_inputs(node):
+        for source in tensor_inputs(node) if not _takes_slices(node) else ():
             weight = _parameter(source, experts)
-            if weight is not None and data_inputs(node):
+            if weight is not None and _data(node, experts):
                 by_weight.setdefault(weight, []).append(node)
     products = [
         nodes
@@ -287,7 +287,7 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
         return []
     edges = []
     for node in products[-1]:
-        main = max(data_inputs(node), key=lambda source: len(shape_of(source)))
+        main = max(_data(node, experts), key=lambda source: len(shape_of(source)))
         operand = operand_of(node, main)
         if operand is None:
             return []
@@ -295,8 +295,20 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
     return edges
 
 
+def _data(node: fx.Node, experts: int) -> list[fx.Node]:
+    """What a product takes besides weights, slices of them that the choice looked up included."""
+    return [source for source in data_inputs(node) if _parameter(source, experts) is None]
+
+
+def _takes_slices(node: fx.Node) -> bool:
+    """Whether a node looks up slices, for each token those of its experts."""
+    return name_of(node) in ("getitem", "index_select") and len(tensor_inputs(node)) > 1
+
+
 def _parameter(node: fx.Node, experts: int, depth: int = 6) -> fx.Node | None:
-    """The parameter of all experts that a tensor is a form or a slice of."""
+    """The parameter of all experts that a tensor is a form of, a slice, or one for each token."""
+    if depth and _takes_slices(node) and isinstance(node.args[0], fx.Node):
+        return _parameter(node.args[0], experts, depth - 1)
     if node.meta["role"] is not None:
         return None
     if node.op == "get_attr":
