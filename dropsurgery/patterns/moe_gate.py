@@ -31,7 +31,7 @@ from dropsurgery.kinds import data_inputs, kind_of, mixes, tensor_inputs, tensor
 from dropsurgery.matching import Match, Miss, Op, Pattern, called
 from dropsurgery.patterns._experts import place, within
 from dropsurgery.patterns._gates import Gate, Refusal, capacity_axis, count_of, gate_at, returned, width_of
-from dropsurgery.patterns._scores import Scores, argument, chosen, name_of, operand_of, shape_of
+from dropsurgery.patterns._scores import Scores, argument, axis_of, chosen, name_of, operand_of, shape_of
 from dropsurgery.records import Edge, GateFact
 
 
@@ -211,8 +211,18 @@ def _input(match: Match) -> tuple[Edge, ...] | Miss:
 def _probabilities(match: Match) -> tuple[Edge, ...] | Miss:
     gate = _gate(match)
     if gate.weights is None:
-        return Miss(_not_seen(gate, "the weights"), gate.scores.scorer)
-    return (Edge(gate.weights),)
+        several = "each choice has weights of its own, and no tensor holds them all" if not gate.lone else ""
+        return Miss(several or _not_seen(gate, "the weights"), gate.scores.scorer)
+    other = _on_another_axis(gate)
+    return (Edge(gate.weights),) if other is None else other
+
+
+def _on_another_axis(gate: Gate) -> Miss | None:
+    """Why what was chosen cannot be taken for (..., k)."""
+    axis = axis_of(gate.choice) if gate.choice is not None and gate.weights_axis is None else -1
+    if axis == -1 or name_of(gate.choice) in ("argmax", "max"):  # type: ignore[arg-type]
+        return None
+    return Miss(f"the chosen of each token are on axis {axis}, and the last is expected", gate.scores.scorer)
 
 
 def _indices(match: Match) -> tuple[Edge, ...] | Miss:
@@ -227,6 +237,9 @@ def _indices(match: Match) -> tuple[Edge, ...] | Miss:
     kept = {user.meta["level_node"] for user in lookups if user.meta["owner"] == indices.meta["owner"]}
     if all(user in kept for user in level_node.users):
         return Miss("the chosen are written to their places among all experts (a mask), no indices leave", indices)
+    other = _on_another_axis(gate)
+    if other is not None:
+        return other
     return (Edge(indices, but=tuple(user for user in lookups if user.meta["level_node"] in kept)),)
 
 
