@@ -159,7 +159,17 @@ def _sparse(scores: Scores, operand: Operand) -> Gate | Refusal:
         )
     corrected = _corrected(scores, before)
     weights, axis = _weights(scores, choice, activation)
+    if axis is None and not any(map(_tells, scores.choices)):
+        return Refusal(f"nothing takes which of the {scores.experts} were chosen: a head, whose best scores are used", 2)
     return Gate(scores, operand, experts, activation, kind, choice, order, corrected, weights, axis)
+
+
+def _tells(choice: fx.Node) -> bool:
+    """Whether something takes which were chosen: their indices, or the least of their scores, to compare all with."""
+    values, indices = chosen(choice)
+    if name_of(choice) == "kthvalue" or (indices is not None and (indices is choice or indices.users)):
+        return True
+    return values is not None and any(map(_only_compares, tensor_users(values)))
 
 
 def _source(scores: Scores, choice: fx.Node) -> Alias:

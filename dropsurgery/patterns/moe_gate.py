@@ -230,6 +230,8 @@ def _indices(match: Match) -> tuple[Edge, ...] | Miss:
     if gate.choice is None:
         return Miss(_not_seen(gate, "indices") if gate.lone else "a dense gate chooses none", gate.scores.scorer)
     _, indices = chosen(gate.choice)
+    if name_of(gate.choice) in ("argmax", "max") and (count_of(gate) or 0) > 1:
+        return Miss("each choice gives an index of its own, and no tensor holds them all", gate.choice)
     if indices is None:
         return Miss(f"{called(gate.choice)} gives no indices that are used", gate.choice)
     lookups = [user for user in tensor_users(indices) if user in gate.scores.derived and name_of(user) in _LOOKUPS]
