@@ -307,7 +307,9 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
         """What `torch.bincount` gives where all numbers are below `minlength`, as the indices of experts are."""
         _, weights, length = _counted(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            kind = torch.int64 if weights is None else torch.float32 if weights.dtype is torch.float32 else torch.float64
+            kind = (
+                torch.int64 if weights is None else torch.float32 if weights.dtype is torch.float32 else torch.float64
+            )
             return self._fake(torch.empty(length, dtype=kind, device="meta"), args[0].device)
 
     def of_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

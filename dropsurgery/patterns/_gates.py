@@ -160,7 +160,9 @@ def _sparse(scores: Scores, operand: Operand) -> Gate | Refusal:
     corrected = _corrected(scores, before)
     weights, axis = _weights(scores, choice, activation)
     if axis is None and not any(map(_tells, scores.choices)):
-        return Refusal(f"nothing takes which of the {scores.experts} were chosen: a head, whose best scores are used", 2)
+        return Refusal(
+            f"nothing takes which of the {scores.experts} were chosen: a head, whose best scores are used", 2
+        )
     return Gate(scores, operand, experts, activation, kind, choice, order, corrected, weights, axis)
 
 
