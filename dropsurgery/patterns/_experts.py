@@ -58,7 +58,7 @@ def beside(root: nn.Module, owners: Iterable[str], experts: int, scorer: fx.Node
 
 
 def _apart(experts: Experts, scorer: fx.Node) -> bool:
-    """Whether the calls of modules are those of experts: none takes what another gives, nor makes what the scorer reads.
+    """Whether modules are called as experts are: none takes what another gives, nor makes what the scorer reads.
 
     Blocks one after the other are no experts, however many there are, and what is behind all of them is no gate but a
     head. Where the forward stays Python, the scores themselves, or what layers make of them, are nothing that experts

@@ -10,7 +10,7 @@ from torch import fx, nn
 from dropsurgery.graph import Operand
 from dropsurgery.kinds import data_inputs, kind_of, kinds_of, tensor_inputs, tensor_users
 from dropsurgery.matching import called
-from dropsurgery.patterns._experts import Experts, beside, mixed, place, taken_by, within
+from dropsurgery.patterns._experts import Experts, beside, mixed, taken_by, within
 from dropsurgery.patterns._scores import (
     CHOICES,
     Alias,

@@ -49,9 +49,11 @@ class Same(nn.Module):
     """Changes nothing, and counts its calls."""
 
     calls = 0
+    floating = True
 
     def forward(self, tensor: Tensor) -> Tensor:
         self.calls += 1
+        self.floating = self.floating and tensor.is_floating_point()
         return tensor + 0
 
 
@@ -164,6 +166,7 @@ def test_every_edge_that_is_named_is_passed(name: str, edge: str) -> None:
             assert torch.equal(gm(tokens(1, shape)), net(tokens(1, shape)))
     assert all(module.calls or edge == "hidden" for module in modules.values())
     assert any(module.calls for module in modules.values())
+    assert edge == "indices" or all(module.floating for module in modules.values())
     assert list(gm.state_dict()) == list(net.state_dict())
 
 
