@@ -17,9 +17,9 @@ from dropsurgery.capture import Leaf, Level, Opaque, record
 from dropsurgery.capture.view import flat_view
 from dropsurgery.emission import example_of
 from dropsurgery.errors import SurgeryError
-from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, leaf_level, spread, stands_in, whole_call
+from dropsurgery.forwards import Owner, apply_edits, clean, graph_key, leaf_level, stands_in, whole_call
 from dropsurgery.graph import build_result
-from dropsurgery.trees import HOOKS, attribute_at, own_class
+from dropsurgery.trees import HOOKS, attribute_at, own_class, spread
 
 _WHOLE = "model"
 _BY_POSITION = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}

@@ -38,7 +38,7 @@ from dropsurgery.graph import (
     swap,
     write_back,
 )
-from dropsurgery.trees import attribute_at, own_class
+from dropsurgery.trees import attribute_at, own_class, spread
 
 SLOTS = "_surgery"
 """The child under which a module keeps the regularizers of the edits that it owns."""
@@ -542,22 +542,6 @@ def _guarded_way(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
 
     return way
-
-
-def spread(forward: Callable[..., Any], values: tuple[Any, ...]) -> Inputs:
-    """The values of all parameters of a forward but `self`, in order, as the arguments to call it with."""
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for parameter, value in zip(list(inspect.signature(forward).parameters.values())[1:], values, strict=False):
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            args += value
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            kwargs.update(value)
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            kwargs[parameter.name] = value
-        else:
-            args.append(value)
-    return tuple(args), kwargs
 
 
 def whole_call(module: nn.Module, target: str) -> fx.Graph:

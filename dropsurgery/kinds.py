@@ -83,7 +83,7 @@ _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("reduction", "amax"): ("amax",),
     ("glu",): ("glu",),
     ("softmax",): ("softmax",),
-    ("matmul",): ("matmul", "bmm", "einsum"),
+    ("matmul",): ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"),
     ("attention",): ("scaled_dot_product_attention",),
     ("layout",): (
         *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as", "view_as"),

@@ -84,6 +84,8 @@ def _tell_what_is_given(captured: Captured, path: str, regularizers: Mapping[Loc
         levels = captured.view.levels.get(path)
         known = [node.meta.get("value") for node in captured.view.graph.nodes if node.meta.get("path") == path]
         regularizer.returns = fact_of(levels[0].output) if levels else next(iter(known), None)
+        calls = [levels[0].inputs] if levels else _inputs_of(captured, captured.model.get_submodule(path))
+        regularizer.given = map_tree(next(iter(calls), None), fact_of)
 
 
 def _check_training(captured: Captured, homes: Mapping[str, Collection[LocalEdit]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from types import MethodType
@@ -183,3 +184,19 @@ def attribute_at(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
+
+
+def spread(forward: Callable[..., Any], values: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The values of all parameters of a forward but `self`, in order, as the arguments to call it with."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for parameter, value in zip(list(inspect.signature(forward).parameters.values())[1:], values, strict=False):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            args += value
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            kwargs.update(value)
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs[parameter.name] = value
+        else:
+            args.append(value)
+    return tuple(args), kwargs

@@ -269,6 +269,8 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def of_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a function or operator on fake values and numbers."""
+        if function is _BINCOUNT and _counts_known(args, kwargs):
+            return self._counts(args, kwargs)
         if function in _OPERATORS and all(type(item) in _NUMBERS for item in args):
             return function(*args)
         if function is torch._assert and args and type(args[0]) is bool:
@@ -301,14 +303,41 @@ class Values(FakeTensorMode):  # type: ignore[no-untyped-call]
                 return result
         return self.run(function, args, kwargs)
 
+    def _counts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `torch.bincount` gives where all numbers are below `minlength`, as the indices of experts are."""
+        _, weights, length = _counted(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            kind = (
+                torch.int64 if weights is None else torch.float32 if weights.dtype is torch.float32 else torch.float64
+            )
+            return self._fake(torch.empty(length, dtype=kind, device="meta"), args[0].device)
+
     def of_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a method on fake values and numbers."""
         function = getattr(torch.Tensor, name, None)
+        if name == "bincount" and _counts_known(args, kwargs):
+            return self._counts(args, kwargs)
         if isinstance(args[0], FakeTensor) and function in _BY_META and _by_rule():
             result = self._by_meta(function, args, kwargs)
             if result is not NotImplemented:
                 return result
         return self.run(getattr(args[0], name), args[1:], kwargs)
+
+
+_BINCOUNT = torch.bincount  # while recording, torch holds another function by this name
+
+
+def _counted(input: Any, weights: Any = None, minlength: Any = 0) -> tuple[Any, Any, Any]:
+    return input, weights, minlength
+
+
+def _counts_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether numbers are counted up to a length that is given."""
+    try:
+        tensor, _, length = _counted(*args, **kwargs)
+    except TypeError:
+        return False
+    return isinstance(tensor, FakeTensor) and type(length) is int and length > 0
 
 
 def _twin(fake: Any) -> torch.Tensor:

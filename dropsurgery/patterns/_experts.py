@@ -47,28 +47,70 @@ def place(node: fx.Node) -> str:
     return path
 
 
-def beside(root: nn.Module, owners: Iterable[str], experts: int, scorer: str) -> Experts | None:
-    """The experts that lie in one of the modules around a gate, or two levels above, the nearest first.
-
-    `scorer` is the path of what makes the scores, which is none of the experts.
-    """
+def beside(root: nn.Module, owners: Iterable[str], experts: int, scorer: fx.Node) -> Experts | None:
+    """The experts that lie in one of the modules around a gate, or two levels above, the nearest first."""
     homes = dict.fromkeys(home for owner in owners for home in (owner, parent(owner), parent(parent(owner))))
     for home in sorted(homes, key=lambda path: -path.count(".") - bool(path)):
-        found = _in(root.get_submodule(home), home, experts, scorer)
-        if found is not None:
-            return found
+        for found in _in(root.get_submodule(home), home, experts, place(scorer)):
+            if _apart(found, scorer):
+                return found
     return None
 
 
-def _in(home: nn.Module, path: str, experts: int, scorer: str) -> Experts | None:
+def _apart(experts: Experts, scorer: fx.Node) -> bool:
+    """Whether modules are called as experts are: none takes what another gives, nor makes what the scorer reads.
+
+    Blocks one after the other are no experts, however many there are, and what is behind all of them is no gate but a
+    head. Where the forward stays Python, the scores themselves, or what layers make of them, are nothing that experts
+    read. Of modules that are called several times the first calls count, and of those before the scorer the last ones.
+    Modules that no call is known of are taken as they are.
+    """
+    index = {path: number for number, path in enumerate(experts.modules)}
+    known = "level_node" in scorer.meta
+    made_by: dict[fx.Node, int] = {} if known else {scorer: 1 << len(index)}
+    first: dict[int, int] = {}
+    behind: set[int] = set()
+    for node in scorer.graph.nodes:
+        own = _number(node, index)
+        made = made_by.get(node, 0)
+        passed_on = node.meta.get("continues")
+        for source in (*node.all_input_nodes, *([passed_on] if passed_on is not None else [])):
+            made |= made_by.get(source, 0)
+        if own is not None:
+            if node.op != "placeholder":
+                first.setdefault(own, made & ~(1 << own))
+                if scorer < node:
+                    behind.add(own)
+            made |= 1 << own
+        if made:
+            made_by[node] = made
+    before = made_by.get(scorer, 0)
+    if any(own not in behind and (before >> own & 1 or not known) for own in first):
+        return False
+    return not any(first.values())
+
+
+def _number(node: fx.Node, index: dict[str, int]) -> int | None:
+    """Which of the experts a node is in."""
+    if not index or node.op == "output":
+        return None
+    path: str = node.meta.get("path" if node.op == "call_module" else "owner") or ""
+    while path:
+        if path in index:
+            return index[path]
+        path = parent(path)
+    return None
+
+
+def _in(home: nn.Module, path: str, experts: int, scorer: str) -> Iterator[Experts]:
+    """What could be the experts in a module; `scorer` is the path of what makes the scores, which is none of them."""
     for name, module in home.named_modules():
         at = f"{path}.{name}".strip(".")
         alike = _alike_children(module, experts)
         if alike and not any(within(scorer, f"{at}.{child}".strip(".")) for child in alike):
-            return Experts(path, modules=tuple(f"{at}.{child}".strip(".") for child in alike))
-        if _holds_all(module, experts):
-            return Experts(path, stacked=at)
-    return None
+            yield Experts(path, modules=tuple(f"{at}.{child}".strip(".") for child in alike))
+        elif _holds_all(module, experts):
+            yield Experts(path, stacked=at)
 
 
 def _alike_children(module: nn.Module, experts: int) -> list[str]:
@@ -94,11 +136,14 @@ def _holds_all(module: nn.Module, experts: int) -> bool:
 
 
 def taken_by(scores: Scores) -> Experts | None:
-    """The experts that take what a choice gives: weights that are looked up by it, or a module that counts them."""
+    """The experts that take what a choice gives: weights that are looked up by it, or a module that counts them.
+
+    Looked up or mixed weights are experts' where they work on data; vectors that are only added up are a codebook or
+    the words of a vocabulary. A layer of torch counts features, and no experts.
+    """
     root = scores.scorer.graph.owning_module
     for node in _consumers(scores):
-        weights = [source for source in tensor_inputs(node) if source.meta["role"] is None]
-        if any(_leading(source, scores.experts) for source in weights) and (mixes(node) or name_of(node) == "getitem"):
+        if _looks_up_experts(node, scores):
             return Experts(
                 parent(place(node)) if place(node) != scores.scorer.meta["owner"] else place(node), stacked=place(node)
             )
@@ -106,10 +151,26 @@ def taken_by(scores: Scores) -> Experts | None:
         if root is None or within(scores.scorer.meta["owner"], owner) or within(place(scores.scorer), owner):
             continue
         module = root.get_submodule(owner)
+        if type(module).__module__.startswith("torch.nn."):
+            continue
         counts = (value for name, value in vars(module).items() if type(value) is int)
         if any(count == scores.experts for count in counts) and next(module.parameters(), None) is not None:
             return Experts(parent(owner), stacked=owner)
     return None
+
+
+def _looks_up_experts(node: fx.Node, scores: Scores) -> bool:
+    """Whether a node takes slices of weights that lead with the experts' axis, and these work on data."""
+    weights = [source for source in tensor_inputs(node) if source.meta["role"] is None]
+    kept = [source for source in weights if _leading(source, scores.experts)]
+    if kind_of(node) == "embedding":
+        module = node.meta.get("module")
+        table = getattr(module, "weight", None)
+        if not kept and (table is None or len(table) != scores.experts):
+            return False
+    elif not kept or not (mixes(node) or name_of(node) in ("getitem", "index_select")):
+        return False
+    return any(source not in scores.derived for source in data_inputs(node)) or _used_as_weight(node, but=scores)
 
 
 def _consumers(scores: Scores) -> Iterator[fx.Node]:
@@ -180,9 +241,12 @@ def _stack_behind(node: fx.Node, experts: int, depth: int = 5) -> list[fx.Node] 
 
 
 def _siblings(branches: list[fx.Node]) -> bool:
-    """Whether each branch comes from layers of its own."""
+    """Whether each branch comes from layers of its own, and none of them from another branch."""
     layers = [_last_layer(branch) for branch in branches]
-    return None not in layers and len(set(layers)) == len(layers)
+    if None in layers or len(set(layers)) < len(layers):
+        return False
+    ends = set(branches)
+    return not any(ends & (set(reach(branch)) - {branch}) for branch in branches)
 
 
 def _last_layer(node: fx.Node, depth: int = 30) -> fx.Node | None:
@@ -198,14 +262,18 @@ def _last_layer(node: fx.Node, depth: int = 30) -> fx.Node | None:
     return None
 
 
-def _used_as_weight(node: fx.Node, depth: int = 6) -> bool:
-    """Whether what was mixed is the weight of a layer: it meets other data there."""
+def _used_as_weight(node: fx.Node, depth: int = 6, but: Scores | None = None) -> bool:
+    """Whether what was mixed or looked up is the weight of a layer: it meets other data there than its scores."""
     users = [user for user in tensor_users(node) if user.op != "output"]
     for user in users:
         others = [source for source in data_inputs(user) if source is not node]
+        if but is not None:
+            others = [source for source in others if source not in but.derived]
+            if kind_of(user) == "mul" and others:
+                return True
         if (mixes(user) or user.meta.get("opaque")) and others:
             return True
-        if depth and not others and kind_of(user) in ("layout", "add", "mul") and _used_as_weight(user, depth - 1):
+        if depth and not others and kind_of(user) in ("layout", "add", "mul") and _used_as_weight(user, depth - 1, but):
             return True
     return False
 
@@ -233,10 +301,17 @@ def _one_by_one(weights: fx.Node, scores: Scores) -> Experts | None:
 def _branches(ends: list[fx.Node], scores: Scores, mixed: fx.Node | None) -> Experts:
     """Experts that are branches of one forward; where each is in a module of its own, those."""
     places = [place(end) for end in ends]
-    around = _common(places)
-    own = [path[len(around) :].strip(".").partition(".")[0] for path in places]
-    modules = [f"{around}.{name}".strip(".") for name in own] if all(own) and len(set(own)) == len(own) else []
-    return Experts(_common([*places, place(scores.scorer)]), tuple(modules), mixed=mixed)
+    modules = [_own_module(path, places) for path in places]
+    return Experts(
+        _common([*places, place(scores.scorer)]), tuple(filter(None, modules)) if all(modules) else (), mixed=mixed
+    )
+
+
+def _own_module(path: str, places: list[str]) -> str:
+    """The path of the largest module around one place that holds none of the others; empty where there is none."""
+    parts = path.split(".")
+    ways = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return next((way for way in ways if sum(within(each, way) for each in places) == 1), "") if path else ""
 
 
 def _product(node: fx.Node, scores: Scores, depth: int = 4) -> fx.Node | None:

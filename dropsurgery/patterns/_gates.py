@@ -10,7 +10,7 @@ from torch import fx, nn
 from dropsurgery.graph import Operand
 from dropsurgery.kinds import data_inputs, kind_of, kinds_of, tensor_inputs, tensor_users
 from dropsurgery.matching import called
-from dropsurgery.patterns._experts import Experts, beside, mixed, place, taken_by, within
+from dropsurgery.patterns._experts import Experts, beside, mixed, taken_by, within
 from dropsurgery.patterns._scores import (
     CHOICES,
     Alias,
@@ -159,7 +159,19 @@ def _sparse(scores: Scores, operand: Operand) -> Gate | Refusal:
         )
     corrected = _corrected(scores, before)
     weights, axis = _weights(scores, choice, activation)
+    if axis is None and not any(map(_tells, scores.choices)):
+        return Refusal(
+            f"nothing takes which of the {scores.experts} were chosen: a head, whose best scores are used", 2
+        )
     return Gate(scores, operand, experts, activation, kind, choice, order, corrected, weights, axis)
+
+
+def _tells(choice: fx.Node) -> bool:
+    """Whether something takes which were chosen: their indices, or the least of their scores, to compare all with."""
+    values, indices = chosen(choice)
+    if name_of(choice) == "kthvalue" or (indices is not None and (indices is choice or indices.users)):
+        return True
+    return values is not None and any(map(_only_compares, tensor_users(values)))
 
 
 def _source(scores: Scores, choice: fx.Node) -> Alias:
@@ -186,7 +198,7 @@ def _experts(scores: Scores, choice: fx.Node) -> Experts | None:
     found = None
     if root is not None:
         owners = dict.fromkeys((choice.meta["owner"], scorer.meta["owner"]))
-        found = beside(root, owners, scores.experts, place(scorer))
+        found = beside(root, owners, scores.experts, scorer)
     return found or taken_by(scores) or mixed(scores)[0]
 
 
@@ -212,7 +224,7 @@ _LOOKUPS = frozenset({"gather", "getitem", "take_along_dim", "index_select"})
 
 def _comes_from_choice(node: fx.Node, scores: Scores) -> bool:
     """Whether a mask of the chosen is what a node takes besides."""
-    seen: list[fx.Node] = data_inputs(node)[1:]
+    seen: list[fx.Node] = [source for source in data_inputs(node) if source not in scores.aliases]
     for each in seen:  # it grows meanwhile
         if each in scores.choices:
             return True
@@ -250,9 +262,16 @@ def _weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> tuple[fx.N
 
 
 def _first_weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> fx.Node | None:
-    """The first tensor that holds the scores of the chosen: those that the choice gives, or those looked up by it."""
-    for node in scores.derived:
-        if name_of(node) in ("gather", "take_along_dim") and choice < node and _of_scores(node, scores):
+    """The first tensor that holds the scores of the chosen: those that the choice gives, or those looked up by it.
+
+    None where the chosen of several choices are looked up one by one: no tensor holds them all.
+    """
+    looked_up = [node for node in scores.derived if _gathers(node) and _of_scores(node, scores)]
+    looked_up = [node for node in looked_up if min(scores.choices) < node]
+    if len(looked_up) > 1 and len({_source(scores, each) for each in scores.choices}) > 1:
+        return None
+    for node in looked_up:
+        if choice < node:
             return node
     for node in sorted(scores.choices, reverse=True):
         values, _ = chosen(node)
@@ -260,8 +279,32 @@ def _first_weights(scores: Scores, choice: fx.Node, activation: fx.Node) -> fx.N
             return values
     if activation > choice:
         return activation
-    masked = [node for node in scores.aliases if choice < node and scores.aliases[node].scores]
+    masked = [node for node in scores.aliases if choice < node and _masked(node, scores)]
+    if len(masked) > 1 and not all(_comes_from(node, masked[0], scores) for node in masked[1:]):
+        return None
     return masked[0] if masked else activation
+
+
+def _gathers(node: fx.Node) -> bool:
+    return name_of(node) in ("gather", "take_along_dim")
+
+
+def _masked(node: fx.Node, scores: Scores) -> bool:
+    """Whether scores were met by a mask of the chosen there, and go to more than another choice."""
+    others = [source for source in data_inputs(node) if source not in scores.aliases]
+    if not scores.aliases[node].scores or not others or not _comes_from_choice(node, scores):
+        return False
+    return any(user not in scores.choices for user in tensor_users(node))
+
+
+def _comes_from(node: fx.Node, start: fx.Node, scores: Scores) -> bool:
+    """Whether a tensor is made of another one."""
+    seen = [node]
+    for each in seen:  # it grows meanwhile
+        if each is start:
+            return True
+        seen += [source for source in data_inputs(each) if source in scores.derived and source not in seen]
+    return False
 
 
 def _only_compares(node: fx.Node) -> bool:
@@ -276,7 +319,22 @@ def _of_scores(node: fx.Node, scores: Scores) -> bool:
 
 
 _KEPT = frozenset(
-    {"to", "float", "type", "type_as", "clamp", "add", "iadd", "itruediv", "truediv", "div", "mul", "imul"}
+    {
+        "to",
+        "float",
+        "type",
+        "type_as",
+        "detach",
+        "clone",
+        "clamp",
+        "add",
+        "iadd",
+        "itruediv",
+        "truediv",
+        "div",
+        "mul",
+        "imul",
+    }
 )
 
 
@@ -289,6 +347,7 @@ def _goes_on(user: fx.Node, node: fx.Node, scores: Scores) -> bool:
     if name_of(user) in ("scatter", "scatter_add", "masked_fill", "normalize", "nan_to_num", "softplus", "exp", "sqrt"):
         return True
     first = user.args[0] if user.args else None
+    first = node if name_of(user) in ("add", "iadd") and node in user.args[:2] else first  # straight through
     return name_of(user) in _KEPT and first is node and shape_of(user) == shape_of(node)
 
 
@@ -345,7 +404,7 @@ def _lone(node: fx.Node) -> Gate | Refusal:
     if root is None or count < 2 or count > MOST_EXPERTS:
         return Refusal("a layer of a forward that stays Python", 0)
     around = path.rpartition(".")[0]
-    experts = beside(root, [around], count, path)
+    experts = beside(root, [around], count, node)
     if experts is None or any(within(path, each) for each in (*experts.modules, *filter(None, [experts.stacked]))):
         return Refusal("a layer of a forward that stays Python", 0)
     return Gate(Scores(node, -1, count), 0, experts, order="unknown", lone=True)
@@ -366,15 +425,37 @@ def returned(gate: Gate) -> bool:
 
 def capacity_axis(gate: Gate) -> int | None:
     """The axis of the logits along which the chosen tokens of an expert are counted up, to be compared with a limit."""
-    rank = len(shape_of(gate.scores.scorer))
     for node in gate.scores.derived:
         if name_of(node) != "cumsum" or len(shape_of(node)) < 2:
             continue
         axis = axis_of(node, None)
-        limited = any(name_of(user) in ("lt", "le", "gt", "ge") for user in _near(node))
-        if axis is not None and limited and shape_of(node)[axis] != gate.scores.experts and -axis <= rank:
-            return axis
+        if axis is None or not any(name_of(user) in _LIMITS for user in _near(node)):
+            continue
+        found = _in_logits(node, axis, gate.scores)
+        if found is not None:
+            return found
     return None
+
+
+_LIMITS = frozenset({"lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"})
+
+
+def _in_logits(node: fx.Node, axis: int, scores: Scores) -> int | None:
+    """Which axis of the logits one of a mask of the chosen is, which may have slots besides, or experts first.
+
+    None for the experts' own: along it shares are added up, and no tokens counted.
+    """
+    logits, shape = shape_of(scores.scorer), shape_of(node)
+    experts, place = scores.axis % len(logits), axis % len(shape)
+    if shape == logits and place == experts:
+        return None
+    if place != experts and shape[: place + 1] == logits[: place + 1]:
+        return place - len(logits)
+    behind = axis + len(logits)
+    if behind >= 0 and behind != experts and shape[place] % logits[behind] == 0:  # slots may be in one row with tokens
+        return axis
+    alike = [i for i, extent in enumerate(logits) if i != experts and extent == shape[place]]
+    return alike[0] - len(logits) if len(alike) == 1 else None
 
 
 def _near(node: fx.Node, depth: int = 4) -> list[fx.Node]:

@@ -26,6 +26,8 @@ _POINTWISE = frozenset(
 )
 _ARITHMETIC = frozenset({"add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv", "div_", "where"})
 _MASKED = frozenset({"masked_fill", "where"})
+_WRITTEN = frozenset({"scatter", "index_fill"})
+"""What writes a number to the places of those that were chosen before, so that another choice leaves them out."""
 _COMPARED = frozenset({"lt", "le", "gt", "ge", "less", "greater", "less_equal", "greater_equal"})
 _MOST = 200
 
@@ -168,10 +170,19 @@ def _alias(scores: Scores, node: fx.Node, own: bool) -> Alias | None:
         return None if axis is None or name in ("long", "int", "bool") else _same(first, node, axis)
     if shape != shape_of(first.node):
         return None
+    if name in _WRITTEN and own and node.args[0] is first.node:
+        return _same(first, node)
+    if kind_of(node) == "norm" and not first.scores and first.axis == -1 and _keeps_apart(kinds, shape):
+        return _same(first, node)
     if kind_of(node) == "identity" or name in _POINTWISE:
         made = f"{first.scores}_{name}" if first.scores and name in ("sqrt", "square") else first.scores
         return Alias(node, first.axis, made, first.activation, first.corrected, first.node)
     return _arithmetic(scores, node, sources, own)
+
+
+def _keeps_apart(kinds: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a norm of scores gives scores: each token's by themselves, or each expert's over a batch."""
+    return "layer_norm" in kinds or "rms_norm" in kinds or ("batch_norm" in kinds and len(shape) == 2)
 
 
 def _made(source: Alias, node: fx.Node, scores: str) -> Alias:

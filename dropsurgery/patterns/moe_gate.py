@@ -31,7 +31,7 @@ from dropsurgery.kinds import data_inputs, kind_of, mixes, tensor_inputs, tensor
 from dropsurgery.matching import Match, Miss, Op, Pattern, called
 from dropsurgery.patterns._experts import place, within
 from dropsurgery.patterns._gates import Gate, Refusal, capacity_axis, count_of, gate_at, returned, width_of
-from dropsurgery.patterns._scores import Scores, argument, chosen, name_of, operand_of, shape_of
+from dropsurgery.patterns._scores import Scores, argument, axis_of, chosen, name_of, operand_of, shape_of
 from dropsurgery.records import Edge, GateFact
 
 
@@ -211,8 +211,18 @@ def _input(match: Match) -> tuple[Edge, ...] | Miss:
 def _probabilities(match: Match) -> tuple[Edge, ...] | Miss:
     gate = _gate(match)
     if gate.weights is None:
-        return Miss(_not_seen(gate, "the weights"), gate.scores.scorer)
-    return (Edge(gate.weights),)
+        several = "each choice has weights of its own, and no tensor holds them all" if not gate.lone else ""
+        return Miss(several or _not_seen(gate, "the weights"), gate.scores.scorer)
+    other = _on_another_axis(gate)
+    return (Edge(gate.weights),) if other is None else other
+
+
+def _on_another_axis(gate: Gate) -> Miss | None:
+    """Why what was chosen cannot be taken for (..., k)."""
+    axis = axis_of(gate.choice) if gate.choice is not None and gate.weights_axis is None else -1
+    if axis == -1 or name_of(gate.choice) in ("argmax", "max"):  # type: ignore[arg-type]
+        return None
+    return Miss(f"the chosen of each token are on axis {axis}, and the last is expected", gate.scores.scorer)
 
 
 def _indices(match: Match) -> tuple[Edge, ...] | Miss:
@@ -220,6 +230,8 @@ def _indices(match: Match) -> tuple[Edge, ...] | Miss:
     if gate.choice is None:
         return Miss(_not_seen(gate, "indices") if gate.lone else "a dense gate chooses none", gate.scores.scorer)
     _, indices = chosen(gate.choice)
+    if name_of(gate.choice) in ("argmax", "max") and (count_of(gate) or 0) > 1:
+        return Miss("each choice gives an index of its own, and no tensor holds them all", gate.choice)
     if indices is None:
         return Miss(f"{called(gate.choice)} gives no indices that are used", gate.choice)
     lookups = [user for user in tensor_users(indices) if user in gate.scores.derived and name_of(user) in _LOOKUPS]
@@ -227,6 +239,9 @@ def _indices(match: Match) -> tuple[Edge, ...] | Miss:
     kept = {user.meta["level_node"] for user in lookups if user.meta["owner"] == indices.meta["owner"]}
     if all(user in kept for user in level_node.users):
         return Miss("the chosen are written to their places among all experts (a mask), no indices leave", indices)
+    other = _on_another_axis(gate)
+    if other is not None:
+        return other
     return (Edge(indices, but=tuple(user for user in lookups if user.meta["level_node"] in kept)),)
 
 
@@ -274,9 +289,9 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
     for node in graph.nodes:
         if node.meta.get("role") is None or not within(node.meta.get("owner", "-"), home) or node.op == "placeholder":
             continue
-        for source in tensor_inputs(node):
+        for source in tensor_inputs(node) if not _takes_slices(node) else ():
             weight = _parameter(source, experts)
-            if weight is not None and data_inputs(node):
+            if weight is not None and _data(node, experts):
                 by_weight.setdefault(weight, []).append(node)
     products = [
         nodes
@@ -287,7 +302,7 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
         return []
     edges = []
     for node in products[-1]:
-        main = max(data_inputs(node), key=lambda source: len(shape_of(source)))
+        main = max(_data(node, experts), key=lambda source: len(shape_of(source)))
         operand = operand_of(node, main)
         if operand is None:
             return []
@@ -295,8 +310,20 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
     return edges
 
 
+def _data(node: fx.Node, experts: int) -> list[fx.Node]:
+    """What a product takes besides weights, slices of them that the choice looked up included."""
+    return [source for source in data_inputs(node) if _parameter(source, experts) is None]
+
+
+def _takes_slices(node: fx.Node) -> bool:
+    """Whether a node looks up slices, for each token those of its experts."""
+    return name_of(node) in ("getitem", "index_select") and len(tensor_inputs(node)) > 1
+
+
 def _parameter(node: fx.Node, experts: int, depth: int = 6) -> fx.Node | None:
-    """The parameter of all experts that a tensor is a form or a slice of."""
+    """The parameter of all experts that a tensor is a form of, a slice, or one for each token."""
+    if depth and _takes_slices(node) and isinstance(node.args[0], fx.Node):
+        return _parameter(node.args[0], experts, depth - 1)
     if node.meta["role"] is not None:
         return None
     if node.op == "get_attr":

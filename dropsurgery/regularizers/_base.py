@@ -14,6 +14,7 @@ from dropsurgery.errors import SurgeryError
 from dropsurgery.records import Behind, GateFact, Site
 from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import require_own_numbers
+from dropsurgery.trees import spread
 
 Rate = Annotated[float, Ge(0), Le(1)]
 
@@ -89,6 +90,7 @@ class Regularizer(nn.Module):
         gate: what is known of the gate of a mixture of experts that its site belongs to; set before `build`.
         returns: of a "swap", what the module that it stands in for gave on the example, tensors as `TensorFact`; None
             where that is not known.
+        given: of a "swap", what that module was called with on the example, arguments and keyword arguments, likewise.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
         uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
         by_values: whether how much is dropped hangs on the values, so that `realised_drop` has to count it on them.
@@ -127,6 +129,7 @@ class Regularizer(nn.Module):
     images: int | None = None
     gate: GateFact | None = None
     returns: Any = None
+    given: Any = None
     site_id: str = ""
     context: Keys | None = None
     forced: bool = False
@@ -184,10 +187,14 @@ class Regularizer(nn.Module):
         self.__dict__["_host"] = host
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's own forward: that of its class, and not the one that calls this stand-in."""
+        """The host's own forward: that of its class, and not the one that calls this stand-in.
+
+        `args` are the values of its parameters in order, of `*args` a tuple, of `**kwargs` a dict.
+        """
         host = self.bound()
-        cls: Any = getattr(type(host), "_own_class", type(host))
-        return cls.forward(host, *args, **kwargs)
+        forward: Any = getattr(type(host), "_own_class", type(host)).forward
+        given, named = spread(forward, args)
+        return forward(host, *given, **named, **kwargs)
 
     def acted(self) -> bool:
         """Whether it acted on the batch of this optimizer step; asked for where there are `step_options`."""

@@ -89,7 +89,8 @@ class ExpertOutputMasking(Regularizer):
             channel_axis = -1 if self.gate.axis is None else self.gate.axis
             if self.gate.k == 1:  # there may be no axis for one
                 self.unit = "slot"
-        if len(shape) < 2 or channel_axis is None:
+        alone = self.gate is not None and self.gate.k == 1 and len(shape) == 1
+        if (len(shape) < 2 and not alone) or channel_axis is None:
             raise SurgeryError(
                 f"expert_output_masking at {site_id}: expected weights of experts (..., k) (pattern moe_gate, edge "
                 f"probabilities), got a tensor of shape {shape} with channel axis {channel_axis}; leave this site out "

@@ -52,7 +52,7 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dropsurgery.errors import SurgeryError, SurgeryWarning
 from dropsurgery.records import Site, TensorFact
@@ -358,12 +358,12 @@ class GatingDropout(Regularizer):
     def _block(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if not self.active:
             return self.own(*inputs, **options)
-        x = next(each for each in (*inputs, *options.values()) if isinstance(each, Tensor))
+        x = next(each for each in tree_leaves((inputs, options)) if isinstance(each, Tensor))
         key = self._key()
         if not is_traced(x):
             # Decided on the CPU by the rate that Python knows: no device is waited for.
             if uniform((), CPU, key) < self._rates["p"]:
-                return _zeros(x, self.returns)
+                return _zeros(x, self.returns, self.given)
             return self.own(*inputs, **options)
         dropped = decision(self.p, key).to(x.device)
         return tree_map(
@@ -372,20 +372,24 @@ class GatingDropout(Regularizer):
         )
 
 
-def _zeros(x: Tensor, returns: Any) -> Any:
-    """Zeros for all that a block gives when it takes `x`, by what it gave on the example."""
-    if isinstance(returns, (tuple, list)) and any(isinstance(each, TensorFact) for each in returns):
-        tokens = math.prod(returns[0].shape[:-1])
-        return type(returns)(_zero(x, each, tokens) if isinstance(each, TensorFact) else each for each in returns)
-    return torch.zeros_like(x)
-
-
-def _zero(x: Tensor, fact: TensorFact, tokens: int) -> Tensor:
-    """Zeros like what a block gives: of its input's shape, or with a row for each of its tokens."""
-    if len(fact.shape) == x.dim() and fact.shape[-1] == x.shape[-1]:
+def _zeros(x: Tensor, returns: Any, given: Any) -> Any:
+    """Zeros for all that a block gives when it takes `x`, by what it gave, and was given, on the example."""
+    known = [each for each in tree_leaves((given, returns)) if isinstance(each, TensorFact)]
+    if not known:
         return torch.zeros_like(x)
-    lead = (x.numel() // x.shape[-1],) if fact.shape[0] == tokens else x.shape[:-1]
-    return x.new_zeros((*lead, *fact.shape[len(lead) :]), dtype=fact.dtype)
+    return tree_map(lambda each: _zero(x, known[0], each) if isinstance(each, TensorFact) else each, returns)
+
+
+def _zero(x: Tensor, example: TensorFact, fact: TensorFact) -> Tensor:
+    """Zeros like what a block gave: of its input's shape, with the same leading axes, or with a row for each token."""
+    if fact == example:
+        return torch.zeros_like(x)
+    dtype = x.dtype if fact.dtype == example.dtype else fact.dtype
+    if fact.shape[:1] == (math.prod(example.shape[:-1]),) != example.shape[:1]:
+        return x.new_zeros((x.numel() // max(x.shape[-1], 1), *fact.shape[1:]), dtype=dtype)
+    pairs = zip(fact.shape, example.shape, strict=False)
+    same = next((axis for axis, (one, other) in enumerate(pairs) if one != other), min(len(fact.shape), x.dim()))
+    return x.new_zeros((*x.shape[:same], *fact.shape[same:]), dtype=dtype)
 
 
 def _check_mode(mode: Mode) -> None:

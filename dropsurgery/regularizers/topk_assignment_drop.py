@@ -79,7 +79,8 @@ class TopkAssignmentDrop(Regularizer):
             channel_axis = -1 if self.gate.axis is None else self.gate.axis
             if self.gate.k == 1:  # nothing is left to be scaled, and there may be no axis for one
                 self.renormalise = False
-        if len(shape) < 2 or channel_axis is None:
+        alone = self.gate is not None and self.gate.k == 1 and len(shape) == 1
+        if (len(shape) < 2 and not alone) or channel_axis is None:
             raise SurgeryError(
                 f"topk_assignment_drop at {site_id}: expected weights of experts (..., k) (pattern moe_gate, edge "
                 f"probabilities), got a tensor of shape {shape} with channel axis {channel_axis}; leave this site out "

@@ -363,6 +363,154 @@ class HiddenProduct(nn.Module):
         return i.flatten().tolist(), w, i
 
 
+class Grouped(nn.Module):
+    """Two experts a token with room for each counted within groups; as many tokens in a group as there are experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = nn.Linear(WIDTH, EXPERTS)
+        self.e = nn.ModuleList(Two() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.reshape(-1, EXPERTS, WIDTH) if x.numel() % (EXPERTS * WIDTH) == 0 else x
+        scores = self.s(groups).softmax(-1)
+        masks, left = [], scores
+        for _ in range(2):
+            masks.append(F.one_hot(left.argmax(-1), EXPERTS))
+            left = left.masked_fill(masks[-1].bool(), float("-inf"))
+        masks = [mask * (mask.cumsum(1) <= 3) for mask in masks]
+        one, two = ((scores * mask).sum(-1, keepdim=True) for mask in masks)
+        total = (one + two).clamp(min=1e-9)
+        w = one / total * masks[0] + two / total * masks[1]
+        return sum(w[..., e : e + 1] * expert(groups) for e, expert in enumerate(self.e)).reshape(x.shape)  # type: ignore[union-attr]
+
+
+class Slots(nn.Module):
+    """Room is counted along the sequence, of masks that have an axis for the k chosen besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = nn.Linear(WIDTH, EXPERTS)
+        self.e = nn.ModuleList(Two() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, i = self.s(x).softmax(-1).topk(2)
+        mask = F.one_hot(i, EXPERTS)
+        mask = mask * (mask.cumsum(1) <= 4)
+        w = (w.unsqueeze(-1) * mask).sum(2)
+        return sum(w[..., e : e + 1] * expert(x) for e, expert in enumerate(self.e))  # type: ignore[return-value]
+
+
+class Turned(nn.Module):
+    """Room is counted of masks whose first axis is the experts'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = nn.Linear(WIDTH, EXPERTS)
+        self.e = nn.ModuleList(Two() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        w, i = self.s(flat).softmax(-1).max(-1)
+        mask = F.one_hot(i, EXPERTS).t()
+        mask = mask * (mask.cumsum(-1) <= 5)
+        return sum((mask[e] * w)[:, None] * expert(flat) for e, expert in enumerate(self.e)).view(x.shape)  # type: ignore[union-attr]
+
+
+class Sidelong(nn.Module):
+    """The experts' axis is the second, and so is that of the chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = nn.Linear(WIDTH, EXPERTS)
+        self.e = nn.ModuleList(Two() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, i = self.s(x).transpose(1, 2).softmax(1).topk(2, dim=1)
+        return sum(((i == e) * w).sum(1)[..., None] * expert(x) for e, expert in enumerate(self.e))  # type: ignore[return-value]
+
+
+class LookedUp(nn.Module):
+    """Each token looks up the weights of its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = nn.Linear(WIDTH, EXPERTS)
+        self.u = nn.Parameter(torch.randn(EXPERTS, 24, WIDTH) * 0.2)
+        self.v = nn.Parameter(torch.randn(EXPERTS, WIDTH, 24) * 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, i = self.s(x).softmax(-1).topk(2)
+        hidden = torch.einsum("btd,btkfd->btkf", x, self.u[i]).relu()
+        return torch.einsum("btkf,btkdf,btk->btd", hidden, self.v[i], w)
+
+
+class Straight(nn.Module):
+    """One expert a token by a straight-through estimator: the weights are the soft ones and what the choice adds."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.s = nn.Linear(WIDTH, EXPERTS)
+        self.e = nn.ModuleList(Two() for _ in range(EXPERTS))
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        soft = self.s(x).softmax(-1)
+        hard = F.one_hot(soft.argmax(-1), EXPERTS).to(x.dtype)
+        w = hard - soft.detach() + soft if self.first else soft + (hard - soft).detach()
+        return (torch.stack([expert(x) for expert in self.e], -1) * w.unsqueeze(-2)).sum(-1)
+
+
+class Normed(nn.Module):
+    """Scores are normalised before the softmax, as in gates that are built of a general block of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = nn.Sequential(nn.Linear(WIDTH, EXPERTS), nn.BatchNorm1d(EXPERTS), nn.Softmax(dim=1))
+        self.e = nn.ModuleList(Two() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        outputs = torch.cat([expert(flat).unsqueeze(1) for expert in self.e], dim=1)
+        return torch.sum(torch.mul(self.s(flat).unsqueeze(-1), outputs), dim=1).view(x.shape)
+
+
+class Twice(nn.Module):
+    """Two gates, each with experts in a list of its own, in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = nn.ModuleList(nn.Linear(WIDTH, EXPERTS) for _ in range(2))
+        self.e = nn.ModuleList(nn.ModuleList(Two() for _ in range(EXPERTS)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate, experts in zip(self.s, self.e, strict=True):
+            w, i = gate(x).softmax(-1).topk(2)
+            x = sum(((i == e) * w).sum(-1, keepdim=True) * expert(x) for e, expert in enumerate(experts))  # type: ignore[assignment,arg-type]
+        return x
+
+
+class Balanced(nn.Module):
+    """The bias is moved in training by how often each expert was chosen, which is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.Parameter(torch.randn(EXPERTS, WIDTH))
+        self.register_buffer("c", torch.linspace(-0.3, 0.3, EXPERTS))
+        self.e = nn.ModuleList(Two() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.mm(x.reshape(-1, WIDTH), self.m.t()).sigmoid()
+        i = (scores + self.c).topk(2, dim=-1)[1]
+        w = scores.gather(1, i)
+        if self.training:
+            with torch.no_grad():
+                load = torch.bincount(i.flatten(), minlength=EXPERTS).float()
+                self.c.add_(torch.sign(load.mean() - load) * 0.01)
+        flat = x.reshape(-1, WIDTH)
+        return sum(((i == e) * w).sum(-1, keepdim=True) * expert(flat) for e, expert in enumerate(self.e)).view(x.shape)  # type: ignore[union-attr]
+
+
 @dataclass(frozen=True)
 class Case:
     """A mixture, and what is to be found of its gate; `free` experts can be masked without any effect."""
@@ -373,6 +521,7 @@ class Case:
     bias: bool = False
     count: int = 1
     capacity: int | None = None
+    axis: int = -1
 
 
 def _of(route: Callable[..., Any], experts: Callable[[], nn.Module] = Stacked) -> Callable[[], nn.Module]:
@@ -403,6 +552,16 @@ GATES: dict[str, Case] = {
     "kernels": Case(Kernels, "dense", k=None),
     "one by one": Case(OneByOne, "dense", k=None),
     "hidden": Case(lambda: Block(Hidden(), Listed()), "unknown", k=None),
+    "grouped": Case(Grouped, "argmax_onehot", capacity=-2),
+    "slots": Case(Slots, "softmax_topk", capacity=-2),
+    "turned": Case(Turned, "argmax_onehot", k=1, capacity=-2),
+    "sidelong": Case(Sidelong, "softmax_topk", axis=-2),
+    "looked up": Case(LookedUp, "softmax_topk"),
+    "straight": Case(lambda: Straight(True), "argmax_onehot", k=1),
+    "straight, detached": Case(lambda: Straight(False), "argmax_onehot", k=1),
+    "normed": Case(Normed, "dense", k=None),
+    "twice": Case(Twice, "softmax_topk", count=2),
+    "balanced": Case(Balanced, "sigmoid_topk", bias=True),
 }
 
 
@@ -535,6 +694,72 @@ def _pruned(net: Any, x: Tensor) -> Tensor:
     return x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def _blocks(net: Any, x: Tensor) -> Tensor:
+    """As many blocks one after the other as there are classes."""
+    for block in net.e:
+        x = x + block(x)
+    w, i = net.q(x).softmax(-1).topk(2)
+    return x * w.sum(-1, keepdim=True) + i.sum(-1, keepdim=True)
+
+
+def _blocks_in_python(net: Any, x: Tensor) -> Tensor:
+    x = net.k(net.q(x))
+    for block in net.e:
+        x = x + block(x)
+    return x if x.sum().item() > 1e9 else x + 1
+
+
+def _head_in_python(net: Any, x: Tensor) -> Tensor:
+    for block in net.e:
+        x = x + block(x)
+    scores = net.q(x).softmax(-1)
+    return scores if scores.sum().item() > 1e9 else scores.max(-1).values
+
+
+def _exits(net: Any, x: Tensor) -> Tensor:
+    """A head behind each block, whose confidence is used."""
+    told = []
+    for block, head in zip(net.e, net.heads, strict=True):
+        x = block(x)
+        w, i = head(x).softmax(-1).max(-1, keepdim=True)
+        told.append(w * i)
+    return x * torch.stack(told).mean(0)
+
+
+def _best_scores(net: Any, x: Tensor) -> Tensor:
+    """Branches beside a classifier; who was chosen is told to none."""
+    values, _ = net.q(x).softmax(-1).topk(2)
+    return net.o(values) + sum(expert(x) for expert in net.e)
+
+
+def _depth(net: Any, x: Tensor) -> Tensor:
+    """What layers one after the other give is mixed."""
+    hidden, w = [], net.q(x).softmax(-1)
+    for block in net.e:
+        x = block(x)
+        hidden.append(x)
+    return (torch.stack(hidden, -1) * w.unsqueeze(-2)).sum(-1)
+
+
+def _codebook(net: Any, x: Tensor) -> Tensor:
+    """A vector of a table for each token, straight through."""
+    soft = net.q(x).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), EXPERTS) + soft - soft.detach()
+    return net.t(hard @ net.m + x)
+
+
+def _words(net: Any, x: Tensor) -> Tensor:
+    """The mean of the likeliest words' vectors."""
+    values, i = (x @ net.words.weight.t()).topk(4)
+    return (net.words(i) * values.softmax(-1).unsqueeze(-1)).sum(-2)
+
+
+def _winners(net: Any, x: Tensor) -> Tensor:
+    """Hidden units of which the largest are left."""
+    hidden = net.q(x).sigmoid()
+    return net.o(hidden * (hidden >= hidden.topk(5).values[..., -1:]))
+
+
 def _layer(outputs: int, inputs: int = WIDTH) -> nn.Linear:
     return nn.Linear(inputs, outputs)
 
@@ -579,4 +804,19 @@ NO_GATES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "pruned tokens": (lambda: Free(_pruned, q=_layer(1)), "E = 1"),
     "hidden product": (lambda: Block(HiddenProduct(), Stacked()), "tolist"),
+    "blocks": (lambda: Free(_blocks, q=_layer(EXPERTS), e=_list()), "candidate"),
+    "blocks in python": (lambda: Free(_blocks_in_python, q=_layer(EXPERTS), k=_layer(WIDTH, EXPERTS), e=_list()), ""),
+    "head in python": (lambda: Free(_head_in_python, q=_layer(EXPERTS), e=_list()), ""),
+    "early exits": (
+        lambda: Free(_exits, e=_list(), heads=nn.ModuleList(_layer(EXPERTS) for _ in range(EXPERTS))),
+        "candidate",
+    ),
+    "best scores": (lambda: Free(_best_scores, q=_layer(EXPERTS), o=_layer(WIDTH, 2), e=_list()), "a head"),
+    "mixture of depths": (lambda: Free(_depth, q=_layer(EXPERTS), e=_list()), ""),
+    "codebook": (
+        lambda: Free(_codebook, q=_layer(EXPERTS), m=_parameter(EXPERTS, WIDTH), t=_layer(WIDTH)),
+        "candidate",
+    ),
+    "likeliest words": (lambda: Free(_words, words=nn.Embedding(20, WIDTH)), "candidate"),
+    "winners": (lambda: Free(_winners, q=_layer(32), o=_layer(WIDTH, 32)), "candidate"),
 }

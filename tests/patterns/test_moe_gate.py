@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dropsurgery import apply_recipe
 from dropsurgery.capture import Captured, capture
 from dropsurgery.matching import find
+from dropsurgery.patterns._gates import gate_at
 from dropsurgery.patterns.moe_gate import PATTERN
 from dropsurgery.planning import Sites
 from dropsurgery.records import Edit, Site
@@ -47,9 +49,11 @@ class Same(nn.Module):
     """Changes nothing, and counts its calls."""
 
     calls = 0
+    floating = True
 
     def forward(self, tensor: Tensor) -> Tensor:
         self.calls += 1
+        self.floating = self.floating and tensor.is_floating_point()
         return tensor + 0
 
 
@@ -73,7 +77,7 @@ def test_the_gate_and_its_facts(name: str) -> None:
         fact = site.gate
         assert fact is not None
         assert (fact.experts, fact.order, fact.k, fact.bias_corrected, fact.axis, fact.features) == (
-            *(EXPERTS, case.order, case.k, case.bias, -1),
+            *(EXPERTS, case.order, case.k, case.bias, case.axis),
             8 if name == "perceptron" else 16,
         )
         assert fact.capacity_axis == case.capacity
@@ -162,6 +166,7 @@ def test_every_edge_that_is_named_is_passed(name: str, edge: str) -> None:
             assert torch.equal(gm(tokens(1, shape)), net(tokens(1, shape)))
     assert all(module.calls or edge == "hidden" for module in modules.values())
     assert any(module.calls for module in modules.values())
+    assert edge == "indices" or all(module.floating for module in modules.values())
     assert list(gm.state_dict()) == list(net.state_dict())
 
 
@@ -176,6 +181,10 @@ REACHED = {
     "kernels": "logits input probabilities",
     "one by one": "logits input probabilities hidden output block",
     "hidden": "logits input hidden block",
+    "grouped": "logits input hidden output block",
+    "sidelong": "logits input hidden output block",
+    "looked up": "logits input probabilities indices hidden output block",
+    "straight": "logits input probabilities hidden output block",
 }
 
 
@@ -184,6 +193,49 @@ def test_which_edges_can_be_reached(name: str) -> None:
     wrapped = nn.Sequential(nn.Identity(), built(name))  # a mixture is a module of a net
     sites = Sites(capture(wrapped, tokens()))
     assert " ".join(edge for edge in PATTERN.edges if sites.of("moe_gate", edge)) == REACHED[name]
+
+
+class Zero(nn.Module):
+    """Nothing is left."""
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return torch.zeros_like(tensor)
+
+
+@pytest.mark.parametrize("name", [name for name in GATES if name not in ("kernels", "twice")])
+def test_weights_are_all_that_experts_have_a_part_by(name: str) -> None:
+    """Without the weights of the gates at `probabilities`, the experts can be anything."""
+    net = built(name)
+    captured = capture(net, tokens())
+    sites = sites_of(captured, "probabilities")
+    if not sites:
+        return
+    gm = inserted(captured, {site: Zero() for site in sites})
+    with torch.no_grad():
+        before = gm(tokens())
+        others_changed(net, ())  # gm holds the same parameters
+        assert torch.equal(before, gm(tokens()))
+
+
+def test_each_gate_has_experts_of_its_own() -> None:
+    captured = capture(built("twice"), tokens())
+    found = find(captured.view.graph, PATTERN)
+    lists = [gate_at(match.nodes["scorer"]).experts.modules for match in found.matches]  # type: ignore[union-attr]
+    assert lists == [tuple(f"e.{number}.{e}" for e in range(EXPERTS)) for number in range(2)]
+
+
+def test_a_bias_that_training_moves_is_moved() -> None:
+    """Also where it counts what was chosen: training is recorded, and changes the same numbers."""
+    recipe = {
+        "version": 1,
+        "name": "mixture",
+        "entries": [{"name": "gate", "pattern": "moe_gate", "edge": "logits", "insert": "dropout", "with": {"p": 0.0}}],
+    }
+    net, plain = built("balanced").train(), built("balanced").train()
+    gm = apply_recipe(net, recipe, example_inputs=tokens()).train()
+    with torch.no_grad():
+        assert torch.equal(gm(tokens()), plain(tokens()))
+    assert torch.equal(gm.c, plain.c) and not torch.equal(plain.c, built("balanced").c)  # type: ignore[arg-type]
 
 
 def test_logits_that_are_given_out_stay_as_they_are() -> None:

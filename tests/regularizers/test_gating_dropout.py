@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dropsurgery import SurgeryError, SurgeryWarning
+from dropsurgery import SurgeryError, SurgeryWarning, apply_recipe
 from dropsurgery.context import Context
 from dropsurgery.records import GateFact, Site, TensorFact
 from dropsurgery.regularizers.gating_dropout import (
@@ -399,6 +399,60 @@ def test_12_blocks_that_give_more_than_one_tensor() -> None:
     layer.returns = (TensorFact((2, 6, FEATURES), torch.float32), TensorFact((2, 6, 4), torch.bfloat16))
     second = layer(tokens((3, 5, FEATURES)))[1]
     assert second.shape == (3, 5, 4) and second.dtype == torch.bfloat16
+
+
+class Returned(NamedTuple):
+    """What a block may give besides its output."""
+
+    y: Tensor
+    loss: Tensor
+    counts: Tensor
+
+
+class Telling(nn.Module):
+    """A mixture that gives a loss as well, in a container of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.s = nn.Linear(FEATURES, EXPERTS)
+        self.e = nn.ModuleList(nn.Linear(FEATURES, FEATURES) for _ in range(EXPERTS))
+        self.how = how
+
+    def forward(self, *given: Tensor, **options: Any) -> Any:
+        (x,) = given
+        scores = self.s(x).softmax(-1)
+        w, i = scores.topk(2)
+        y = sum(((i == e) * w).sum(-1, keepdim=True) * expert(x) for e, expert in enumerate(self.e))
+        made = Returned(y, (scores.mean((0, 1)) ** 2).sum(), (i == 0).sum())  # type: ignore[arg-type]
+        return made if self.how == "named tuple" else made._asdict() if self.how == "dict" else tuple(made)
+
+
+class Outer(nn.Module):
+    """Reads what a mixture gives."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.m, self.how = Telling(how), how
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        made = self.m(x)
+        if self.how == "named tuple":
+            return x + made.y, made.loss, made.counts
+        return (x + made["y"], made["loss"], made["counts"]) if self.how == "dict" else (x + made[0], *made[1:])
+
+
+@pytest.mark.parametrize("how", ["tuple", "named tuple", "dict"])
+def test_12_blocks_that_give_losses_and_counts(how: str) -> None:
+    """By the recipe, of a forward that takes any arguments: zeros of each kind, on other tokens too."""
+    net, x = Outer(how).eval(), tokens((3, 5, FEATURES))
+    gm = apply_recipe(net, "gate_expert_drop_moe", example_inputs=tokens((2, 6, FEATURES)))
+    for ours, theirs in zip(gm(x), net(x), strict=True):
+        assert torch.equal(ours, theirs)
+    (layer,) = gm.surgery.regularizers.values()
+    layer.set_rate("p", 1.0)
+    y, loss, counts = gm.train()(x)
+    assert torch.equal(y, x) and loss.shape == counts.shape == () and not loss and not counts
+    assert loss.dtype == torch.float32 and counts.dtype == torch.int64
 
 
 def test_share_of_skipped_blocks() -> None:
