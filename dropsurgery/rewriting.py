@@ -181,7 +181,7 @@ def _local(edit: Edit, at: Edge) -> LocalEdit:
 
 def _taken(edit: Edit) -> tuple[str, ...]:
     """The names of the further tensors that a regularizer takes."""
-    names: tuple[str, ...] = catalogue.load("regularizers", edit.regularizer).takes
+    names: tuple[str, ...] = catalogue.load("regularizers", edit.regularizer).takes_by(edit.arguments)
     return names
 
 

@@ -57,16 +57,16 @@ def _hidden_gate(node: fx.Node) -> Miss:
     path: str = node.meta["path"]
     if root is None or not path:
         return Miss("a forward that stays Python", node)
-    for home in dict.fromkeys((path, path.rpartition(".")[0])):
-        listed = [child for child in root.get_submodule(home).modules() if _lists(child)]
+    around = path.rpartition(".")[0]
+    for home, held in ((path, root.get_submodule(path).modules()), (around, root.get_submodule(around).children())):
         inside = [
             other for other in node.graph.nodes if other is not node and within(other.meta.get("owner", "-"), home)
         ]
-        if listed and not any(
-            isinstance(gate_at(other), Gate) for other in inside if kind_of(other) in ("linear", "matmul")
-        ):
+        told = (gate_at(other) for other in inside if kind_of(other) in ("linear", "matmul"))
+        if any(map(_lists, held)) and not any(isinstance(each, Gate) or each.depth > 1 for each in told):
             why = f"{node.meta['reason']}, at {node.meta['line']}" if node.meta.get("line") else node.meta["reason"]
-            return Miss(f"unsupported: '{path}' stays Python ({why})", node, 3)
+            # What lies further in is nearer to the gate.
+            return Miss(f"unsupported: '{path}' stays Python ({why})", node, 3 + path.count("."))
     return Miss("a forward that stays Python", node)
 
 
@@ -335,9 +335,12 @@ def _is_result(node: fx.Node) -> bool:
 def _block(match: Match) -> tuple[Edge, ...] | Miss:
     gate = _gate(match)
     home = gate.experts.home
+    scorer = gate.scores.scorer
     if not home or _holds_more(gate, home):
-        return Miss("no module holds gate and experts alone", gate.scores.scorer)
-    return (Edge(gate.scores.scorer, layer=True, module=home),)
+        return Miss("no module holds gate and experts alone", scorer)
+    if not any(home in (node.meta.get("owner"), node.meta.get("path")) for node in scorer.graph.nodes):
+        return Miss(f"nothing calls '{home}' itself, only methods of it or its parts", scorer)
+    return (Edge(scorer, layer=True, module=home),)
 
 
 def _holds_more(gate: Gate, home: str) -> bool:

@@ -145,6 +145,11 @@ class Regularizer(nn.Module):
         return cls.kind
 
     @classmethod
+    def takes_by(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the further edges whose tensors it gets with these arguments: `takes`, unless it hangs on them."""
+        return cls.takes
+
+    @classmethod
     def incomplete(cls, sites: Sequence[Site]) -> Iterator[str]:
         """Say what is missing where a plan has it at these `sites` and at no others; nothing mostly."""
         return iter(())

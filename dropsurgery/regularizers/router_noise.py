@@ -135,6 +135,11 @@ class RouterNoise(Regularizer):
             if features is not None and experts is not None:
                 self.noise_weight = nn.Parameter(torch.zeros(features, experts))
 
+    @classmethod
+    def takes_by(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return "input" for noisy top-k, whose noise goes by what the gate reads; nothing for other noise."""
+        return cls.takes if arguments.get("noise") == "noisy_top_k" else ()
+
     @staticmethod
     def example_inputs(batch: int) -> tuple[Tensor, ...]:
         """Return an input for tests: scores of six experts."""
