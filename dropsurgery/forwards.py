@@ -513,8 +513,8 @@ def _copied(value: Any) -> Any:
     """A list, dict or set of its own, and those in it."""
     if not isinstance(value, (list, dict, set)):
         return value
-    made = copy.copy(value)
-    for key in range(len(made)) if isinstance(made, list) else made if isinstance(made, dict) else ():
+    made: Any = copy.copy(value)
+    for key in range(len(made)) if isinstance(made, list) else list(made) if isinstance(made, dict) else ():
         made[key] = _copied(made[key])
     return made
 

@@ -154,6 +154,10 @@ class Regularizer(nn.Module):
         """Say what is missing where a plan has it at these `sites` and at no others; nothing mostly."""
         return iter(())
 
+    @classmethod
+    def meet(cls, model: nn.Module, fellows: Sequence[Regularizer]) -> None:
+        """Tell all of this class in a model, in the plan's order, of each other: when it is made, and in each copy."""
+
     @property
     def active(self) -> bool:
         """Whether forward changes its input now: in training (or forced), at a rate above 0."""

@@ -22,7 +22,8 @@ Placement: the logits of a gate (pattern moe_gate, edge logits).
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
