@@ -349,7 +349,7 @@ class _Planner:
         elif not entry.expect.holds(count) and not any(line.startswith(where) for line in self.problems):
             merged = sum(note.startswith("merged") and f"of '{entry.name}' is" in note for note in self.notes)
             also = f" ({merged} merged into earlier entries; `expect: any` accepts that)" if merged else ""
-            near = f"; nearest:{missed}" if missed else ""
+            near = f"; nearest:{missed}" if missed else f"; nothing comes near '{entry.pattern}'"
             self.problems.append(f"{where}: expected {entry.expect} sites, hit {count}{also}{near}")
 
     def _nearest(self, entry: Entry, candidates: Sequence[Site]) -> Iterable[str]:

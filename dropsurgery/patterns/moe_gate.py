@@ -243,8 +243,10 @@ def _hidden(match: Match) -> tuple[Edge, ...] | Miss:
         return (
             tuple(edges) if whole else Miss("the experts have no hidden units, or are in no graph", gate.scores.scorer)
         )
-    if gate.choice is None and experts.stacked is not None:
+    if gate.choice is None and not gate.lone and experts.stacked is not None:
         return Miss("the experts are weights that are summed, without units of their own", gate.scores.scorer)
+    if gate.lone:
+        return Miss(_not_seen(gate, "hidden units of experts"), gate.scores.scorer)
     if experts.stacked is not None:
         found = _stacked_layers(graph, experts.home or experts.stacked, gate.scores)
         if found:
@@ -274,6 +276,8 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
     for node in graph.nodes:
         if node.meta.get("role") is None or not within(node.meta.get("owner", "-"), home) or node.op == "placeholder":
             continue
+        if _rows_of(node) is not None:  # the weights of chosen experts are looked up in it, nothing is multiplied yet
+            continue
         for source in tensor_inputs(node):
             weight = _parameter(source, experts)
             if weight is not None and data_inputs(node):
@@ -287,8 +291,9 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
         return []
     edges = []
     for node in products[-1]:
-        main = max(data_inputs(node), key=lambda source: len(shape_of(source)))
-        operand = operand_of(node, main)
+        units = [source for source in data_inputs(node) if _parameter(source, experts) is None]
+        main = max(units, key=lambda source: len(shape_of(source)), default=None)
+        operand = None if main is None else operand_of(node, main)
         if operand is None:
             return []
         edges.append(Edge(node, operand))
@@ -296,14 +301,26 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
 
 
 def _parameter(node: fx.Node, experts: int, depth: int = 6) -> fx.Node | None:
-    """The parameter of all experts that a tensor is a form or a slice of."""
+    """The parameter of all experts that a tensor is a form or a slice of, or rows of by the chosen's indices."""
+    looked_up = _rows_of(node)
+    if looked_up is not None and depth:
+        return _parameter(looked_up, experts, depth - 1)
     if node.meta["role"] is not None:
-        return None
+        inputs = tensor_inputs(node)
+        turned = kind_of(node) == "layout" and len(inputs) == 1 and depth
+        return _parameter(inputs[0], experts, depth - 1) if turned else None
     if node.op == "get_attr":
         shape = shape_of(node)
         return node if len(shape) > 2 and shape[0] == experts else None
     found = (_parameter(source, experts, depth - 1) for source in tensor_inputs(node)) if depth else ()
     return next((each for each in found if each is not None), None)
+
+
+def _rows_of(node: fx.Node) -> fx.Node | None:
+    """The constant tensor in which rows are looked up by indices that are data; None where a node does not do that."""
+    source = node.args[0] if node.args else None
+    looks_up = name_of(node) in ("getitem", "index_select") and isinstance(source, fx.Node)
+    return source if looks_up and source.meta.get("role") is None and node.meta.get("role") is not None else None
 
 
 def _output(match: Match) -> tuple[Edge, ...] | Miss:

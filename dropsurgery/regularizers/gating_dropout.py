@@ -16,7 +16,8 @@ one the weight of the expert that was chosen.
 
 Masking acts on the way to the choice alone: raw logits that a router returns, and the balance losses made of them, are
 the true ones. Where a bias is added between scores and choice, scores have to be masked behind it once more (edge
-selection).
+selection). Of a gate whose forward stays Python the layer alone is in reach: what it gives out is masked then as well,
+and a SurgeryWarning says so.
 
 Which machines:
 - in training by `torch.distributed` each process is one, and its experts are its slice of E, whether the experts are
@@ -234,6 +235,13 @@ class GatingDropout(Regularizer):
             self.experts = channels if self.gate is None else self.gate.experts
         else:
             self._build_relabel()
+        if self.gate is not None and self.gate.order == "unknown":
+            warnings.warn(
+                "gating_dropout: the forward of a gate stays Python here, and its layer alone is in reach: what the gate "
+                "gives out in dropped steps is masked too, and so are balance losses made of that",
+                SurgeryWarning,
+                stacklevel=2,
+            )
         machines = _machines(self.experts, self.virtual_ranks, f"{_NAME} at {site_id}: virtual_ranks")
         if machines == 1:
             warnings.warn(
