@@ -37,9 +37,9 @@ local expert gets (the two modes); whether Gate-Expert-Drop tosses a second coin
 `per: microbatch` each forward whose gradients are added up has a decision of its own.
 
 With `expert_drop` the parameters in a block that is skipped get no gradient: DistributedDataParallel wants
-`find_unused_parameters=True`. A compiled graph computes the block all the same, and drops what it gives. A loss that is
-made of the logits of all gates cannot be made of none: where all mixtures of a stack of layers are skipped in a forward,
-as `scope: model` does, and hooks collect what parts of the last one give, it is run for them, without gradients.
+`find_unused_parameters=True`. A compiled graph computes the block all the same, and drops what it gives. A loss made of
+the logits of all gates cannot be made of none: where all mixtures of a stack of layers are skipped in a forward, as
+`scope: model` does, and hooks collect what parts of the last one give, it is run for them, without gradients.
 
 Placement: the logits of a gate (recipe gating_dropout_moe), or the block (gate_expert_drop_moe).
 """
@@ -237,8 +237,8 @@ class GatingDropout(Regularizer):
             self._build_relabel()
         if self.gate is not None and self.gate.order == "unknown":
             warnings.warn(
-                "gating_dropout: the forward of a gate stays Python here, and its layer alone is in reach: what the gate "
-                "gives out in dropped steps is masked too, and so are balance losses made of that",
+                "gating_dropout: the forward of a gate stays Python here, and its layer alone is in reach: what the "
+                "gate gives out in dropped steps is masked too, and so are balance losses made of that",
                 SurgeryWarning,
                 stacklevel=2,
             )
@@ -421,7 +421,6 @@ class GatingDropout(Regularizer):
             lambda each: torch.where(dropped, 0, each) if isinstance(each, Tensor) else each,
             self.own(*inputs, **options),
         )
-
 
     def _show(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Run the block for hooks in it alone: on copies, without gradients, all random numbers left where they are."""

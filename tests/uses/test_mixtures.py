@@ -280,7 +280,7 @@ def test_what_is_told_of_places_without_a_gate() -> None:
     with pytest.raises(PlanError, match=r"ffn.router.layer: the experts are in no graph"):
         edited(dbrx(), "hidden")
     phimoe = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(num_local_experts=4, **BASE)).eval()
-    with pytest.raises(PlanError, match="nearest:\n *model.layers.0.mlp.router.linear: sparsemixer") as told:
+    with pytest.raises(PlanError, match=r"nearest:\n *model.layers.0.mlp.router.linear: sparsemixer") as told:
         edited(phimoe, "logits")
     assert "stays Python" not in str(told.value)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)).eval()
