@@ -224,7 +224,7 @@ def _one_by_one(weights: fx.Node, scores: Scores) -> Experts | None:
     others = [source for p in products if p is not None for source in data_inputs(p) if source not in scores.derived]
     if len(set(others)) != scores.experts or not _siblings(others):
         return None
-    sums = set(reach(products[0])) if products[0] is not None else set()  # type: ignore[arg-type]
+    sums = set(reach(products[0])) if products[0] is not None else set()
     for product in products[1:]:
         sums &= set(reach(product)) if product is not None else set()
     return _branches(others, scores, min(sums) if sums else None)

@@ -192,7 +192,8 @@ def _experts(scores: Scores, choice: fx.Node) -> Experts | None:
 
 def _corrected(scores: Scores, before: Alias) -> fx.Node | None:
     """The sum with a bias, if the weights are looked up in scores without it."""
-    plain = [scores.aliases[node.args[0]] for node in scores.derived if _looks_up(node, scores)]
+    sources = [node.args[0] for node in scores.derived if _looks_up(node, scores)]
+    plain = [scores.aliases[source] for source in sources if isinstance(source, fx.Node)]
     return before.corrected if any(alias.corrected is None for alias in plain) else None
 
 

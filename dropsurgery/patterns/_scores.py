@@ -238,7 +238,7 @@ def _moved(node: fx.Node, source: Alias) -> int | None:
         dims = [argument(node, 1, "dim0"), argument(node, 2, "dim1")]
         if not all(isinstance(dim, int) for dim in dims):
             return None
-        one, other = (dim % len(before) for dim in dims)
+        one, other = (int(dim) % len(before) for dim in dims)
         return {one: other, other: one}.get(place, place) - len(after)
     if name in ("movedim", "moveaxis"):
         return None

@@ -218,7 +218,7 @@ class GatingDropout(Regularizer):
         self.place: tuple[int, int] | None = None
         if expert_drop:
             self.kind = "swap"  # type: ignore[misc]
-            self.uncounted = "a whole block is skipped"  # type: ignore[misc]
+            self.uncounted = "a whole block is skipped"
 
     @staticmethod
     def example_inputs(batch: int) -> tuple[Tensor, ...]:
