@@ -319,8 +319,9 @@ def _parameter(node: fx.Node, experts: int, depth: int = 6) -> fx.Node | None:
 def _rows_of(node: fx.Node) -> fx.Node | None:
     """The constant tensor in which rows are looked up by indices that are data; None where a node does not do that."""
     source = node.args[0] if node.args else None
-    looks_up = name_of(node) in ("getitem", "index_select") and isinstance(source, fx.Node)
-    return source if looks_up and source.meta.get("role") is None and node.meta.get("role") is not None else None
+    if not isinstance(source, fx.Node) or name_of(node) not in ("getitem", "index_select"):
+        return None
+    return source if source.meta.get("role") is None and node.meta.get("role") is not None else None
 
 
 def _output(match: Match) -> tuple[Edge, ...] | Miss:
