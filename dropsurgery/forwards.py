@@ -7,6 +7,7 @@ anew. Attributes that the forward read are watched where they are set (`emission
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import hashlib
@@ -476,7 +477,7 @@ def _record_variant(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: di
     key = _signature(module, owner, module.training, args, kwargs)
     try:
         with _disable_current_modes():  # a counter of operators is to see those of the model only
-            level = _recorded(module, args, kwargs, training=None)
+            level = _aside(lambda: _recorded(module, args, kwargs, training=None))
     except CaptureError as error:
         if error.__cause__ is not None:
             raise error.__cause__ from None
@@ -489,6 +490,33 @@ def _record_variant(module: Any, owner: Owner, args: tuple[Any, ...], kwargs: di
         key = _signature(module, owner, module.training, args, kwargs)
     owner.variants[key] = _variant(module, owner, level)
     return owner.variants[key]
+
+
+def _aside(record_it: Callable[[], Level]) -> Level:
+    """Record with copies of the lists and dicts that context variables hold.
+
+    The model is running: hooks of its own that collect what children give, for a list that the caller's caller will
+    return, would put stand-ins there.
+    """
+    context = contextvars.copy_context()
+
+    def run() -> Level:
+        for variable, value in context.items():
+            if isinstance(value, (list, dict, set)):
+                variable.set(_copied(value))
+        return record_it()
+
+    return context.run(run)
+
+
+def _copied(value: Any) -> Any:
+    """A list, dict or set of its own, and those in it."""
+    if not isinstance(value, (list, dict, set)):
+        return value
+    made: Any = copy.copy(value)
+    for key in range(len(made)) if isinstance(made, list) else list(made) if isinstance(made, dict) else ():
+        made[key] = _copied(made[key])
+    return made
 
 
 def _refuse_missing(module: nn.Module, missing: tuple[LocalEdit, ...]) -> None:

@@ -102,10 +102,15 @@ class Found:
 
     def nearest(self, count: int = 3) -> tuple[Miss, ...]:
         """The misses that got furthest, one for each reason."""
-        by_reason: dict[str, Miss] = {}
-        for miss in sorted(self.misses, key=lambda miss: -miss.depth):
-            by_reason.setdefault(miss.reason, miss)
-        return tuple(by_reason.values())[:count]
+        return nearest(self.misses, count)
+
+
+def nearest(misses: Sequence[Miss], count: int = 3) -> tuple[Miss, ...]:
+    """The misses that got furthest, one for each reason."""
+    by_reason: dict[str, Miss] = {}
+    for miss in sorted(misses, key=lambda miss: -miss.depth):
+        by_reason.setdefault(miss.reason, miss)
+    return tuple(by_reason.values())[:count]
 
 
 EdgeRule = Callable[[Match], "tuple[Edge, ...] | Miss"]

@@ -24,7 +24,7 @@ from dropsurgery.capture import Captured
 from dropsurgery.errors import PlanError, SurgeryError, SurgeryWarning
 from dropsurgery.graph import works_in_place
 from dropsurgery.kinds import data_inputs, kind_of, kinds_of, tensor_inputs
-from dropsurgery.matching import Found, Match, Pattern, chain, find
+from dropsurgery.matching import Found, Match, Miss, Pattern, chain, find, nearest
 from dropsurgery.recipe import Entry, Recipe
 from dropsurgery.records import Edge, Edit, Site, TensorFact
 from dropsurgery.schedules import Schedule, check_count
@@ -349,7 +349,7 @@ class _Planner:
         elif not entry.expect.holds(count) and not any(line.startswith(where) for line in self.problems):
             merged = sum(note.startswith("merged") and f"of '{entry.name}' is" in note for note in self.notes)
             also = f" ({merged} merged into earlier entries; `expect: any` accepts that)" if merged else ""
-            near = f"; nearest:{missed}" if missed else ""
+            near = f"; nearest:{missed}" if missed else f"; nothing comes near '{entry.pattern}'"
             self.problems.append(f"{where}: expected {entry.expect} sites, hit {count}{also}{near}")
 
     def _nearest(self, entry: Entry, candidates: Sequence[Site]) -> Iterable[str]:
@@ -363,7 +363,10 @@ class _Planner:
         elif entry.pattern is None:
             yield "the model has no stochastic layer with a rate above 0 (timm builds none at rate 0)"
         else:
-            for miss in self.sites.found(entry.pattern).nearest():
+            found = self.sites.found(entry.pattern)
+            edge = entry.edge or self.sites.pattern(entry.pattern).default_edge
+            without = [miss for match in found.matches if isinstance(miss := match.edges(edge), Miss)]
+            for miss in nearest(without) or found.nearest():
                 yield f"{miss.node.meta.get('path', 'the output')}: {miss.reason}"
 
 

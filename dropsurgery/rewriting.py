@@ -77,9 +77,9 @@ def _levels_of(captured: Captured, path: str, edits: Collection[LocalEdit]) -> l
 
 
 def _tell_what_is_given(captured: Captured, path: str, regularizers: Mapping[LocalEdit, Any]) -> None:
-    """Tell those that stand in for a whole module what that gave on the example."""
-    for edit, regularizer in regularizers.items():
-        if edit.kind != "swap":
+    """Tell those that stand in for a whole module, and ask for it, what that was given and gave on the example."""
+    for regularizer in regularizers.values():
+        if not getattr(regularizer, "asks_example", False):
             continue
         levels = captured.view.levels.get(path)
         known = [node.meta.get("value") for node in captured.view.graph.nodes if node.meta.get("path") == path]
@@ -183,7 +183,7 @@ def _local(edit: Edit, at: Edge) -> LocalEdit:
 
 def _taken(edit: Edit) -> tuple[str, ...]:
     """The names of the further tensors that a regularizer takes."""
-    names: tuple[str, ...] = catalogue.load("regularizers", edit.regularizer).takes
+    names: tuple[str, ...] = catalogue.load("regularizers", edit.regularizer).takes_by(edit.arguments)
     return names
 
 

@@ -348,6 +348,10 @@ class Surgery:
             regularizer.forced = False  # also in a copy that is made within `active`
             if isinstance(regularizer, StructuralDropout):
                 regularizer.set_width(None)  # and within `width`
+        inserted = self._inserted()
+        classes: dict[Any, None] = dict.fromkeys(map(type, inserted))
+        for cls in classes:
+            cls.meet(gm, [each for each in inserted if type(each) is cls])
 
     def _model(self) -> nn.Module:
         model = self._gm()

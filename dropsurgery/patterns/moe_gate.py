@@ -57,16 +57,16 @@ def _hidden_gate(node: fx.Node) -> Miss:
     path: str = node.meta["path"]
     if root is None or not path:
         return Miss("a forward that stays Python", node)
-    for home in dict.fromkeys((path, path.rpartition(".")[0])):
-        listed = [child for child in root.get_submodule(home).modules() if _lists(child)]
+    around = path.rpartition(".")[0]
+    for home, held in ((path, root.get_submodule(path).modules()), (around, root.get_submodule(around).children())):
         inside = [
             other for other in node.graph.nodes if other is not node and within(other.meta.get("owner", "-"), home)
         ]
-        if listed and not any(
-            isinstance(gate_at(other), Gate) for other in inside if kind_of(other) in ("linear", "matmul")
-        ):
+        told = (gate_at(other) for other in inside if kind_of(other) in ("linear", "matmul"))
+        if any(map(_lists, held)) and not any(isinstance(each, Gate) or each.depth > 1 for each in told):
             why = f"{node.meta['reason']}, at {node.meta['line']}" if node.meta.get("line") else node.meta["reason"]
-            return Miss(f"unsupported: '{path}' stays Python ({why})", node, 3)
+            # What lies further in is nearer to the gate.
+            return Miss(f"unsupported: '{path}' stays Python ({why})", node, 3 + path.count("."))
     return Miss("a forward that stays Python", node)
 
 
@@ -258,8 +258,10 @@ def _hidden(match: Match) -> tuple[Edge, ...] | Miss:
         return (
             tuple(edges) if whole else Miss("the experts have no hidden units, or are in no graph", gate.scores.scorer)
         )
-    if gate.choice is None and experts.stacked is not None:
+    if gate.choice is None and not gate.lone and experts.stacked is not None:
         return Miss("the experts are weights that are summed, without units of their own", gate.scores.scorer)
+    if gate.lone:
+        return Miss(_not_seen(gate, "hidden units of experts"), gate.scores.scorer)
     if experts.stacked is not None:
         found = _stacked_layers(graph, experts.home or experts.stacked, gate.scores)
         if found:
@@ -289,7 +291,9 @@ def _stacked_layers(graph: fx.Graph, home: str, scores: Scores) -> list[Edge]:
     for node in graph.nodes:
         if node.meta.get("role") is None or not within(node.meta.get("owner", "-"), home) or node.op == "placeholder":
             continue
-        for source in tensor_inputs(node) if not _takes_slices(node) else ():
+        if _rows_of(node) is not None:  # the weights of chosen experts are looked up in it, nothing is multiplied yet
+            continue
+        for source in tensor_inputs(node):
             weight = _parameter(source, experts)
             if weight is not None and _data(node, experts):
                 by_weight.setdefault(weight, []).append(node)
@@ -315,22 +319,28 @@ def _data(node: fx.Node, experts: int) -> list[fx.Node]:
     return [source for source in data_inputs(node) if _parameter(source, experts) is None]
 
 
-def _takes_slices(node: fx.Node) -> bool:
-    """Whether a node looks up slices, for each token those of its experts."""
-    return name_of(node) in ("getitem", "index_select") and len(tensor_inputs(node)) > 1
-
-
 def _parameter(node: fx.Node, experts: int, depth: int = 6) -> fx.Node | None:
-    """The parameter of all experts that a tensor is a form of, a slice, or one for each token."""
-    if depth and _takes_slices(node) and isinstance(node.args[0], fx.Node):
-        return _parameter(node.args[0], experts, depth - 1)
+    """The parameter of all experts that a tensor is a form or a slice of, or rows of by the chosen's indices."""
+    looked_up = _rows_of(node)
+    if looked_up is not None and depth:
+        return _parameter(looked_up, experts, depth - 1)
     if node.meta["role"] is not None:
-        return None
+        inputs = tensor_inputs(node)
+        turned = kind_of(node) == "layout" and len(inputs) == 1 and depth
+        return _parameter(inputs[0], experts, depth - 1) if turned else None
     if node.op == "get_attr":
         shape = shape_of(node)
         return node if len(shape) > 2 and shape[0] == experts else None
     found = (_parameter(source, experts, depth - 1) for source in tensor_inputs(node)) if depth else ()
     return next((each for each in found if each is not None), None)
+
+
+def _rows_of(node: fx.Node) -> fx.Node | None:
+    """The constant tensor in which rows are looked up by indices that are data; None where a node does not do that."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or name_of(node) not in ("getitem", "index_select"):
+        return None
+    return source if source.meta.get("role") is None and node.meta.get("role") is not None else None
 
 
 def _output(match: Match) -> tuple[Edge, ...] | Miss:
@@ -362,9 +372,12 @@ def _is_result(node: fx.Node) -> bool:
 def _block(match: Match) -> tuple[Edge, ...] | Miss:
     gate = _gate(match)
     home = gate.experts.home
+    scorer = gate.scores.scorer
     if not home or _holds_more(gate, home):
-        return Miss("no module holds gate and experts alone", gate.scores.scorer)
-    return (Edge(gate.scores.scorer, layer=True, module=home),)
+        return Miss("no module holds gate and experts alone", scorer)
+    if not any(home in (node.meta.get("owner"), node.meta.get("path")) for node in scorer.graph.nodes):
+        return Miss(f"nothing calls '{home}' itself, only methods of it or its parts", scorer)
+    return (Edge(scorer, layer=True, module=home),)
 
 
 def _holds_more(gate: Gate, home: str) -> bool:

@@ -88,9 +88,10 @@ class Regularizer(nn.Module):
         images: the batch of the model's example input, where it is known; set before `build`.
         takes: names of further edges of the pattern whose tensors forward gets after the first one.
         gate: what is known of the gate of a mixture of experts that its site belongs to; set before `build`.
-        returns: of a "swap", what the module that it stands in for gave on the example, tensors as `TensorFact`; None
+        asks_example: of a "swap", whether it has to know what its host took and gave on the example.
+        given: what that was, arguments and keyword arguments, tensors as `TensorFact`; None where it did not ask, and
             where that is not known.
-        given: of a "swap", what that module was called with on the example, arguments and keyword arguments, likewise.
+        returns: what the host gave for it, likewise.
         drops: what becomes of the dropped: "zero", or "other" (noise, a mean, another element).
         uncounted: why what was dropped cannot be counted in its output; empty where zeros are what was dropped.
         by_values: whether how much is dropped hangs on the values, so that `realised_drop` has to count it on them.
@@ -111,6 +112,7 @@ class Regularizer(nn.Module):
     needs: ClassVar[str] = ""
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()
     asks_behind: ClassVar[bool] = False
+    asks_example: bool = False
     taxonomy: ClassVar[Taxonomy | None] = None
     drops: ClassVar[str] = "zero"
     uncounted: str = ""
@@ -148,9 +150,18 @@ class Regularizer(nn.Module):
         return cls.kind
 
     @classmethod
+    def takes_by(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the further edges whose tensors it gets with these arguments: `takes`, unless it hangs on them."""
+        return cls.takes
+
+    @classmethod
     def incomplete(cls, sites: Sequence[Site]) -> Iterator[str]:
         """Say what is missing where a plan has it at these `sites` and at no others; nothing mostly."""
         return iter(())
+
+    @classmethod
+    def meet(cls, model: nn.Module, fellows: Sequence[Regularizer]) -> None:
+        """Tell all of this class in a model, in the plan's order, of each other: when it is made, and in each copy."""
 
     @property
     def active(self) -> bool:

@@ -16,7 +16,8 @@ one the weight of the expert that was chosen.
 
 Masking acts on the way to the choice alone: raw logits that a router returns, and the balance losses made of them, are
 the true ones. Where a bias is added between scores and choice, scores have to be masked behind it once more (edge
-selection).
+selection). Of a gate whose forward stays Python the layer alone is in reach: what it gives out is masked then as well,
+and a SurgeryWarning says so.
 
 Which machines:
 - in training by `torch.distributed` each process is one, and its experts are its slice of E, whether the experts are
@@ -36,8 +37,9 @@ local expert gets (the two modes); whether Gate-Expert-Drop tosses a second coin
 `per: microbatch` each forward whose gradients are added up has a decision of its own.
 
 With `expert_drop` the parameters in a block that is skipped get no gradient: DistributedDataParallel wants
-`find_unused_parameters=True`. A compiled graph computes the block all the same, and drops what it gives. Where all
-mixtures of a model are skipped, as `scope: model` does, losses made of all their logits have none to be made of.
+`find_unused_parameters=True`. A compiled graph computes the block all the same, and drops what it gives. A loss made of
+the logits of all gates cannot be made of none: where all mixtures of a stack of layers are skipped in a forward, as
+`scope: model` does, and hooks collect what parts of the last one give, it is run for them, without gradients.
 
 Placement: the logits of a gate (recipe gating_dropout_moe), or the block (gate_expert_drop_moe).
 """
@@ -47,6 +49,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -141,6 +144,29 @@ def relabel(indices: Tensor, dropped: Tensor, machine: Tensor | int, machines: i
     return torch.where(dropped.to(indices.device), machine * each + indices % each, indices).to(indices.dtype)
 
 
+@dataclass
+class Stack:
+    """All mixtures of a stack of layers, each of which may be skipped: which ones a forward has met, and how.
+
+    A forward that meets one again is another forward.
+    """
+
+    count: int
+    met: set[str] = field(default_factory=set)
+    ran: bool = False
+
+    def is_left_out(self, site_id: str, skipped: bool) -> bool:
+        """Note what becomes of a mixture; gives whether it is the last one, and all of them were skipped."""
+        if torch._C._current_graph_task_id() != -1:  # a forward that checkpointing repeats
+            return False
+        if site_id in self.met:
+            self.met.clear()
+            self.ran = False
+        self.met.add(site_id)
+        self.ran = self.ran or not skipped
+        return len(self.met) == self.count and not self.ran
+
+
 class GatingDropout(Regularizer):
     """`gating_dropout` as a layer; identity in eval.
 
@@ -163,6 +189,7 @@ class GatingDropout(Regularizer):
 
     p: Tensor
     context: StepKeys | None = None
+    stack: Stack | None = None
 
     def __init__(
         self,
@@ -191,6 +218,7 @@ class GatingDropout(Regularizer):
         self.place: tuple[int, int] | None = None
         if expert_drop:
             self.kind = "swap"  # type: ignore[misc]
+            self.asks_example = True
             self.uncounted = "a whole block is skipped"
 
     @staticmethod
@@ -208,6 +236,13 @@ class GatingDropout(Regularizer):
             self.experts = channels if self.gate is None else self.gate.experts
         else:
             self._build_relabel()
+        if self.gate is not None and self.gate.order == "unknown":
+            warnings.warn(
+                "gating_dropout: the forward of a gate stays Python here, and its layer alone is in reach: what the "
+                "gate gives out in dropped steps is masked too, and so are balance losses made of that",
+                SurgeryWarning,
+                stacklevel=2,
+            )
         machines = _machines(self.experts, self.virtual_ranks, f"{_NAME} at {site_id}: virtual_ranks")
         if machines == 1:
             warnings.warn(
@@ -252,6 +287,22 @@ class GatingDropout(Regularizer):
                     f"{_NAME} at gate {name}: it adds a bias between scores and choice, so that they have to be masked "
                     f"before it and behind it; add an entry on `pattern: moe_gate, edge: {missing.pop()}`"
                 )
+
+    @classmethod
+    def meet(cls, model: nn.Module, fellows: Sequence[Regularizer]) -> None:
+        """Tell blocks of one stack of layers of each other, if no other block of their class is in it."""
+        stacks: dict[str, list[GatingDropout]] = {}
+        paths = {id(module): path for path, module in model.named_modules()}
+        for each in fellows:
+            if isinstance(each, GatingDropout) and each.expert_drop and id(each.host) in paths:
+                stacks.setdefault(_before_number(paths[id(each.host)]), []).append(each)
+        for path, members in stacks.items():
+            hosts = [each.bound() for each in members]
+            kinds = set(map(_class_of, hosts))
+            alike = [module for module in model.get_submodule(path).modules() if _class_of(module) in kinds]
+            stack = Stack(len(members)) if len(alike) == len(members) else None
+            for each in members:
+                each.stack = stack
 
     def bind(self, host: nn.Module) -> None:
         """Stand in for a block that holds gate and experts; a SurgeryError unless `expert_drop` is asked for."""
@@ -362,14 +413,37 @@ class GatingDropout(Regularizer):
         key = self._key()
         if not is_traced(x):
             # Decided on the CPU by the rate that Python knows: no device is waited for.
-            if uniform((), CPU, key) < self._rates["p"]:
-                return _zeros(x, self.returns, self.given)
-            return self.own(*inputs, **options)
+            skipped = bool(uniform((), CPU, key) < self._rates["p"])
+            if self.stack is not None and self.stack.is_left_out(self.site_id, skipped):
+                self._show(inputs, options)
+            return _zeros(x, self.returns, self.given) if skipped else self.own(*inputs, **options)
         dropped = decision(self.p, key).to(x.device)
         return tree_map(
             lambda each: torch.where(dropped, 0, each) if isinstance(each, Tensor) else each,
             self.own(*inputs, **options),
         )
+
+    def _show(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Run the block for hooks in it alone: on copies, without gradients, all random numbers left where they are."""
+        parts = [module for module in self.bound().modules() if module is not self.bound()]
+        if not any(module._forward_hooks for module in parts):
+            return
+        devices = list({p.device for p in self.bound().parameters() if p.is_cuda})
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            args, kwargs = tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, (inputs, options))
+            self.own(*args, **kwargs)
+
+
+def _before_number(path: str) -> str:
+    """The path of the list that a module lies in, the outermost one; the root's where it is in none."""
+    parts = path.split(".")
+    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[0]]) if numbered else ""
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    cls: type[nn.Module] = getattr(type(module), "_own_class", type(module))
+    return cls
 
 
 def _zeros(x: Tensor, returns: Any, given: Any) -> Any:

@@ -22,7 +22,8 @@ Placement: the logits of a gate (pattern moe_gate, edge logits).
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,11 @@ class RouterNoise(Regularizer):
             self.learned = ("noise_weight",)  # type: ignore[misc]
             if features is not None and experts is not None:
                 self.noise_weight = nn.Parameter(torch.zeros(features, experts))
+
+    @classmethod
+    def takes_by(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return "input" for noisy top-k, whose noise goes by what the gate reads; nothing for other noise."""
+        return cls.takes if arguments.get("noise") == "noisy_top_k" else ()
 
     @staticmethod
     def example_inputs(batch: int) -> tuple[Tensor, ...]:

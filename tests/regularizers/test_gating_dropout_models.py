@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -173,6 +174,47 @@ def test_one_mixture_skipped_leaves_the_loss_of_balance() -> None:
     given = words("mixtral") | {"labels": words("mixtral")["input_ids"]}
     out = operated("mixtral", entry, output_router_logits=True).train()(**given)
     assert out.aux_loss.isfinite() and len(out.router_logits) == 1
+
+
+@pytest.mark.parametrize("name", ["mixtral", "switch"])
+def test_all_mixtures_skipped_leave_the_loss_of_balance(name: str) -> None:
+    """Of each stack of layers the last gate gives its logits; nothing learns by them, and no random number is lost."""
+    model = made(name)
+    arguments = {"expert_drop": True, "p": 1.0, "scope": "model"}
+    whole = operated(name, {"edge": "block", "insert": "gating_dropout", "with": arguments})
+    bare = words(name)
+    given = bare | {"labels": bare["input_ids"], "output_router_logits": True}
+    for gm in (whole.train(), copy.deepcopy(whole).train()):
+        torch.manual_seed(3)
+        gm(**bare)  # the first one finds no hooks, and runs no gate
+        before = torch.rand(())
+        for _ in range(2):
+            gm.zero_grad()
+            with seen(gm, called("mlp.gate" if name == "mixtral" else "mlp.router")) as routers:
+                torch.manual_seed(3)
+                out = gm(**given)
+                after = torch.rand(())
+            assert len(routers) == (1 if name == "mixtral" else 2) and out.loss.isfinite()
+            assert torch.equal(after, before)
+            out.loss.backward()
+        blocks = {edit.site.module for edit in gm.surgery.plan.edits}
+        assert all(p.grad is None for path, p in gm.named_parameters() if any(path.startswith(f"{b}.") for b in blocks))
+    if name == "mixtral":
+        assert len(out.router_logits) == 1 and out.aux_loss.isfinite()
+        assert not torch.equal(out.logits, model.train()(**given).logits)
+
+
+def test_no_mixture_is_run_for_losses_that_others_give_to() -> None:
+    """Half of the steps drop a mixture; as many routers as mixtures run, but where all were skipped, one."""
+    gm = operated("mixtral", {"edge": "block", "insert": "gating_dropout", "with": {"expert_drop": True, "p": 0.5}})
+    given, counts = words("mixtral") | {"output_router_logits": True}, []
+    gm.train()
+    for _ in range(12):
+        with torch.no_grad(), seen(gm, called("mlp.experts")) as experts:
+            out = gm(**given)
+        counts.append((len(out.router_logits), len(experts)))
+        gm.surgery.step()
+    assert set(counts) == {(1, 1), (2, 2)}
 
 
 def test_a_block_needs_to_be_asked_for() -> None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, fx, nn
 
-from dropsurgery import apply_recipe, catalogue, find_sites, strip
+from dropsurgery import PlanError, SurgeryError, SurgeryWarning, apply_recipe, catalogue, find_sites, strip
 from dropsurgery.analysis import routers
 from dropsurgery.capture import Opaque, capture
 from dropsurgery.regularizers._base import Rate, Regularizer
@@ -242,6 +242,95 @@ def test_a_regularizer_takes_the_input_too(name: str) -> None:
         router = model.get_submodule(edit.site.owner)
         weight = next(router.parameters())
         torch.testing.assert_close(logits, x @ weight.t())
+
+
+def dbrx() -> nn.Module:
+    torch.manual_seed(0)
+    ffn = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32, "vocab_size": 32}
+    config = transformers.DbrxConfig(ffn_config=ffn, attn_config=attention, **sizes)
+    return transformers.DbrxForCausalLM(config).eval()
+
+
+def test_what_hooks_collect_is_of_the_model_alone() -> None:
+    """A block that is recorded anew, as the model runs, has a router in it whose results a hook collects."""
+    model = dbrx()
+    gm = edited(model, "logits", p=0.5)
+    with torch.no_grad():
+        for length in (8, 5):
+            assert same(gm(**losses(model, length=length)), model(**losses(model, length=length)))
+    ours = gm.train()(**losses(model, length=7))
+    assert [logits.shape for logits in ours.router_logits] == [(14, 4)] * 2
+    ours.loss.backward()
+
+
+def test_only_noise_that_goes_by_the_input_asks_for_it() -> None:
+    model = dbrx()
+    gm = edited(model, "logits", "router_noise", noise="gumbel", scale=5.0)
+    with torch.no_grad():
+        assert same(gm(**losses(model)), model(**losses(model)))
+        assert not torch.equal(gm.train()(**inputs(model)).logits, model(**inputs(model)).logits)
+    with pytest.raises(SurgeryError, match="router_noise needs the input"):
+        edited(model, "logits", "router_noise", noise="noisy_top_k")
+
+
+def test_what_is_told_of_places_without_a_gate() -> None:
+    """The nearest reason: of an edge that a gate has not, of a gate that is refused, of a model without any."""
+    with pytest.raises(PlanError, match=r"ffn.router.layer: the experts are in no graph"):
+        edited(dbrx(), "hidden")
+    phimoe = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(num_local_experts=4, **BASE)).eval()
+    with pytest.raises(PlanError, match=r"nearest:\n *model.layers.0.mlp.router.linear: sparsemixer") as told:
+        edited(phimoe, "logits")
+    assert "stays Python" not in str(told.value)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)).eval()
+    with pytest.raises(PlanError, match="hit 0; nothing comes near 'moe_gate'"):
+        edited(llama, "logits")
+
+
+def jetmoe() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "kv_channels": 8}
+    config = transformers.JetMoeConfig(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    return transformers.JetMoeForCausalLM(config).eval()
+
+
+def test_mixtures_that_are_run_by_their_methods() -> None:
+    """JetMoe's attention calls no mixture, but methods of one: there is no forward to stand in for."""
+    model = jetmoe()
+    gm = edited(model, "block", "gating_dropout", expert_drop=True, p=1.0)
+    assert [edit.site.module for edit in gm.surgery.plan.edits] == [f"model.layers.{i}.mlp" for i in range(2)]
+    with torch.no_grad():
+        assert same(gm(**losses(model)), model(**losses(model)))
+        assert not torch.equal(gm.train()(**losses(model)).logits, model(**losses(model)).logits)
+    with pytest.raises(PlanError, match="hidden units of experts are in no graph"):
+        edited(model, "hidden")
+
+
+def test_a_lone_layer_tells_that_its_gate_gives_out_masked_logits() -> None:
+    model = jetmoe()
+    with pytest.warns(SurgeryWarning, match="what the gate gives out in dropped steps is masked too"):
+        gm = edited(model, "logits", "gating_dropout", p=1.0)
+    ours = gm.train()(**losses(model))
+    assert ours.aux_loss.isfinite() and max(logits.abs().max() for logits in ours.router_logits) > 1e30
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_weights_of_chosen_experts_are_looked_up(name: str) -> None:
+    """transformers' `batched_mm`: the hidden units are what the product takes, and not the indices before it."""
+    model = made(name)
+    model.set_experts_implementation("batched_mm")
+    gm = edited(model, "hidden", "expert_dropout", p=1.0)
+    assert len(gm.surgery.plan.edits) == 2
+    seen: list[Tensor] = []
+    for path, module in gm.named_modules():
+        if path.endswith("mlp.experts"):
+            module.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        assert same(gm(**losses(model)), model(**losses(model)))
+        seen.clear()
+        gm.train()(**inputs(model))
+    assert len(seen) == 2 and not any(output.any() for output in seen)
 
 
 def rows_of(monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[dict[str, routers.Row], str]:
