@@ -7,23 +7,18 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import fx, nn
 from torch.optim import Optimizer
 
 from dropsurgery import catalogue
-from dropsurgery.capture.inputs import resolve_inputs
-from dropsurgery.capture.levels import map_tree
+from dropsurgery.auditing import Audit, arriving, audited
 from dropsurgery.context import Context
 from dropsurgery.diffing import diff
-from dropsurgery.emission import OwnHook, drop_own_hooks, example_of
+from dropsurgery.emission import OwnHook, drop_own_hooks
 from dropsurgery.errors import SurgeryError, SurgeryWarning
 from dropsurgery.flattening import flatten
 from dropsurgery.forwards import SLOTS, Owner
@@ -33,46 +28,12 @@ from dropsurgery.records import Edit
 from dropsurgery.regularizers._base import check_rate, require
 from dropsurgery.regularizers._labels import ClassSums, LabelUser, check_labels, pairs
 from dropsurgery.regularizers.structural_dropout import StructuralDropout
+from dropsurgery.running import apart, arguments, arguments_of, cuda_devices, device_of, moved, resting
 from dropsurgery.scheduler import Scheduler, Slot
 from dropsurgery.widths import Widths, resolve, structural_sites
 
 _STATE_VERSION = 1
 Means = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class AuditRow:
-    """One site: the rate asked for, the share that it should drop by its closed form, and the one measured.
-
-    `measured` is NaN for a layer that was adopted, and where what is dropped cannot be counted: `note` says why.
-    """
-
-    site: str
-    regularizer: str
-    p: float
-    expected: float
-    measured: float
-    shape: tuple[int, ...]
-    note: str = ""
-
-
-class Audit(tuple[AuditRow, ...]):
-    """The rows of an audit; `str()` is a table."""
-
-    def __str__(self) -> str:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        notes = ("note",) if any(row.note for row in self) else ()
-        for column in ("site", "regularizer", "p", "expected drop", "measured drop", "shape", *notes):
-            table.add_column(column, no_wrap=True)
-        for row in self:
-            shape = "x".join(map(str, row.shape))
-            measured = "not counted" if row.note else f"{row.measured:.4f}"
-            rates = (f"{row.p:g}", f"{row.expected:.4f}", measured)
-            table.add_row(row.site, row.regularizer, *rates, shape, *([row.note] if notes else []))
-        console = Console(width=400, no_color=True, highlight=False)
-        with console.capture() as captured:
-            console.print(table)
-        return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 class Surgery:
@@ -291,7 +252,7 @@ class Surgery:
                 user.require_known(known, found[site][1] if site in found else None)
         for site, (means, seen) in found.items():
             users[site].remember(means, seen)
-        told = None if labels is None else labels.to(_device_of(self._model(), labels.device), torch.int64, copy=True)
+        told = None if labels is None else labels.to(device_of(self._model(), labels.device), torch.int64, copy=True)
         with self.context.told(told):
             yield
 
@@ -302,7 +263,7 @@ class Surgery:
             raise SurgeryError("validation: expected a model with weights, got one on the meta device")
         sums = {site: ClassSums(user.where, user.classes) for site, user in users.items()}
         before = [(regularizer, regularizer.forced) for regularizer in self._inserted()]
-        with _resting(model, self._inserted()), _apart(_cuda_devices(model)):
+        with resting(model, self._inserted()), apart(cuda_devices(model)):
             try:
                 for regularizer, _ in before:
                     regularizer.forced = False
@@ -311,7 +272,7 @@ class Surgery:
                 for inputs, labels in pairs(validation) if users else ():
                     for each in sums.values():
                         each.labels = labels
-                    args, kwargs = _moved(_arguments_of(inputs, model), model)
+                    args, kwargs = moved(arguments_of(inputs, model), model)
                     model(*args, **kwargs)
             finally:
                 for regularizer, forced in before:
@@ -332,37 +293,20 @@ class Surgery:
         """
         model = self._model()
         rows = []
-        with torch.no_grad(), torch.random.fork_rng(_cuda_devices(model)), self.active():
-            arriving = self._arriving(model, _arguments(batch, model))
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(model)), self.active():
+            found = self._arriving(model, arguments(batch, model))
             for edit in self.plan.edits:
                 regularizer = self.regularizers.get(edit.site.id)
-                if regularizer is None or edit.site.id not in arriving:
+                if regularizer is None or edit.site.id not in found:
                     continue
                 for name, rate in self._targets(edit).items() if edit.kind != ADOPT else ():
                     regularizer.set_rate(name, rate)
-                rows.append(_audited(edit, regularizer, arriving[edit.site.id]))
+                rows.append(audited(edit, regularizer, found[edit.site.id]))
         return Audit(rows)
 
     def _arriving(self, model: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
-        """What arrives at each site, or ones of its shape, which take no memory, where the values do not count."""
-        arriving: dict[str, torch.Tensor] = {}
-
-        def noting(site: str) -> Any:
-            def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-                x = args[0] if isinstance(args[0], torch.Tensor) else args[0].data  # of a PackedSequence
-                own = getattr(module, "by_values", False)
-                arriving[site] = x.clone() if own else torch.ones((), device=x.device).expand(x.shape)
-
-            return note
-
-        handles = [r.register_forward_pre_hook(noting(site)) for site, r in self._modules().items()]
-        try:
-            with _resting(model, self._inserted()), self.active(p=0.0):
-                model(*inputs[0], **inputs[1])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return arriving
+        with resting(model, self._inserted()), self.active(p=0.0):
+            return arriving(self._modules(), lambda: model(*inputs[0], **inputs[1]))
 
     # -- wiring ----------------------------------------------------------------------------------------------------
     def copy_for(self, gm: nn.Module) -> Surgery:
@@ -501,81 +445,3 @@ class Adopted:
 
     def __repr__(self) -> str:
         return f"Adopted({self.module!r}, p={self.p:g})"
-
-
-def _arguments(batch: Any, model: nn.Module) -> Any:
-    if batch is None:
-        args, kwargs = example_of(model)
-        return map_tree((args, kwargs), _noise)
-    (inputs,) = resolve_inputs(model, batch)
-    return inputs
-
-
-def _arguments_of(inputs: Any, model: nn.Module) -> Any:
-    if inputs is None:
-        raise SurgeryError("validation: expected inputs for the model, got None")
-    (arguments,) = resolve_inputs(model, inputs)
-    return arguments
-
-
-def _device_of(model: nn.Module, otherwise: torch.device) -> torch.device:
-    """Where the model's first parameter is, unless that is nowhere."""
-    device = next((parameter.device for parameter in model.parameters()), otherwise)
-    return otherwise if device.type == "meta" else device
-
-
-def _moved(arguments: Any, model: nn.Module) -> Any:
-    """The arguments, with their tensors where the model is."""
-
-    def move(item: Any) -> Any:
-        return item.to(_device_of(model, item.device)) if isinstance(item, torch.Tensor) else item
-
-    return map_tree(arguments, move)
-
-
-@contextmanager
-def _resting(model: nn.Module, regularizers: list[nn.Module]) -> Iterator[None]:
-    """The model is in eval mode, within; after it, each module is in the mode that it was in."""
-    modes = {module: module.training for module in (*model.modules(), *regularizers)}  # some are no children
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _apart(devices: list[torch.device]) -> Iterator[None]:
-    """Without gradients, the random state and what was compiled being left as they are; results live on after it."""
-    # Dynamo is not to be imported for it: what is not there has compiled nothing.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), eager:
-        yield
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
-
-
-def _noise(item: Any) -> Any:
-    if not isinstance(item, torch.Tensor):
-        return item
-    make = torch.randn if item.is_floating_point() else torch.zeros
-    return make(item.shape, dtype=item.dtype, device=item.device)
-
-
-def _audited(edit: Edit, regularizer: Any, x: torch.Tensor) -> AuditRow:
-    site, shape = (edit.site.id, edit.regularizer, edit.p), tuple(x.shape)
-    if edit.kind == ADOPT:
-        return AuditRow(*site, edit.p, float("nan"), shape)
-    expected = regularizer.expected_drop(shape)
-    if regularizer.uncounted:
-        return AuditRow(*site, expected, float("nan"), shape, regularizer.uncounted)
-    if regularizer.by_values:
-        return AuditRow(*site, expected, regularizer.realised_drop(x), shape)
-    ones = x.contiguous()
-    given = (ones, 2 * ones) if edit.kind == "combine" else (ones,)
-    given_back = regularizer(*given)
-    dropped = given_back == 0 if regularizer.drops == "zero" else given_back != sum(given)
-    return AuditRow(*site, expected, float(dropped.float().mean()), shape)

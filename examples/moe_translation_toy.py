@@ -242,14 +242,14 @@ def picture(results: dict[str, Result]) -> Figure:
     figure = Figure(figsize=(3.2 * BLOCKS * 1.3, 3.2), dpi=100, layout="constrained")
     for block, axes in enumerate(figure.subplots(1, BLOCKS, sharey=True)):
         for place, (name, result) in enumerate(results.items()):
-            at = [expert + place / (len(results) + 1) for expert in range(EXPERTS)]
+            at = [expert + (place - (len(results) - 1) / 2) / (len(results) + 1) for expert in range(EXPERTS)]
             label = f"{name} (entropy {result.entropy:.2f})"
-            axes.bar(at, result.load[block], width=1 / (len(results) + 1), align="edge", label=label)
+            axes.bar(at, result.load[block], width=1 / (len(results) + 1), label=label)
         axes.axhline(1 / EXPERTS, color="grey", linewidth=0.8)
         axes.set(title=f"block {block + 1}", xlabel="expert", xticks=range(EXPERTS))
     first = figure.axes[0]
     first.set_ylabel("share of the words")
-    first.legend(fontsize="x-small")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=len(results), fontsize="small")
     return figure
 
 

@@ -20,7 +20,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"recipe"}),
     frozenset({"planning", "forwards"}),
     frozenset({"emission"}),
-    frozenset({"rewriting", "flattening", "diffing", "scheduler"}),
+    frozenset({"rewriting", "flattening", "diffing", "scheduler", "auditing", "running"}),
     frozenset({"surgery"}),
     frozenset({"api", "compression"}),
     frozenset({"__init__"}),

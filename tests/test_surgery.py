@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dropsurgery import SurgeryError, SurgeryWarning, apply_recipe, get_regularizer
+from dropsurgery.auditing import arriving
 from tests.laws.models import fresh, images
 
 ENTRY = {"name": "one", "pattern": "residual_add", "edge": "output", "insert": "dropout", "with": {"p": 0.25}}
@@ -210,3 +211,10 @@ def test_the_state_of_another_recipe_warns() -> None:
     other = apply_recipe(model, "dropblock_resnet_g34", total_steps=4)
     with pytest.warns(SurgeryWarning, match="dropblock_resnet_g4"):
         other.surgery.load_state_dict(state)
+
+
+def test_what_arrives_by_name_is_seen() -> None:
+    """A layer that a regularizer stands in for may be called by keyword."""
+    layer = get_regularizer("dropout")(p=0.5)
+    found = arriving({"site": layer}, lambda: layer(x=torch.zeros(2, 3)))
+    assert found["site"].shape == (2, 3) and not layer._forward_pre_hooks

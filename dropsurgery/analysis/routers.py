@@ -288,12 +288,10 @@ def _filled(module: nn.Module) -> nn.Module:
     """Random numbers as weights and small ones as buffers: torch's empty ones could be anything."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in module.parameters():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-        for tensor in module.buffers():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        for scale, tensors in ((0.3, module.parameters()), (1.0, module.buffers())):
+            for tensor in tensors:
+                if tensor.is_floating_point():
+                    tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
     return module.float().eval()
 
 

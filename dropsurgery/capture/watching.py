@@ -57,7 +57,9 @@ def _by_number() -> tuple[tuple[dict[str, Any], dict[str, Callable[..., Any]]], 
     """
     rooms: list[tuple[dict[str, Any], dict[str, Callable[..., Any]]]] = []
     for room in (torch, torch.special, torch.linalg, torch.fft):
-        found = {name: made for name, made in vars(room).items() if isinstance(made, _BUILTIN) and name[0] != "_"}
+        found: dict[str, Callable[..., Any]] = {
+            name: made for name, made in vars(room).items() if isinstance(made, _BUILTIN) and name[0] != "_"
+        }
         rooms.append((vars(room), found))
     known = rooms[0][1]
     schemas = [(schema.name.partition("::"), schema) for schema in torch._C._jit_get_all_schemas()]

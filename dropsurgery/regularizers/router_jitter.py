@@ -51,11 +51,14 @@ def router_jitter(
 
 
 def factors(numbers: Tensor, p: Tensor, epsilon: float, shape: tuple[int, ...], axis: int) -> Tensor:
-    """Return what each element of a `shape` is multiplied by, of uniform `numbers`: its elements', then its tokens'."""
+    """Return what each element of a `shape` is multiplied by, of uniform `numbers`: its elements', then its tokens'.
+
+    They are made in the place of the numbers, so that no memory is taken besides.
+    """
     tokens = [1 if i == axis else length for i, length in enumerate(shape)]
     count = numbers.numel() - torch.Size(tokens).numel()
     own, coins = numbers[:count].view(shape), numbers[count:].view(tokens)
-    return torch.where(coins < p, 1 + epsilon * (2 * own - 1), 1.0)
+    return own.mul_(2 * epsilon).add_(1 - epsilon).masked_fill_(coins >= p, 1.0)
 
 
 def _jittered(x: Tensor, p: Tensor, epsilon: float, axis: int, key: Tensor | None) -> Tensor:

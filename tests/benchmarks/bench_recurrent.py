@@ -66,7 +66,7 @@ def lstm() -> Iterator[Case]:
         *(Bound(name, "nn.LSTM", FUSED) for name in ("batch", "batch, untied")),
         Bound("sample", "nn.LSTMCell loop", LOOP),
     )
-    yield Case("LSTM", (STEPS, BATCH, WIDTH), calls, bounds, rounds=9, shares=False)
+    yield Case("LSTM", (STEPS, BATCH, WIDTH), calls, bounds, rounds=9, shares=False, guard="nn.LSTM")
 
 
 def gru() -> Iterator[Case]:
@@ -78,7 +78,7 @@ def gru() -> Iterator[Case]:
         "sample": ours("variational_dropout", host),
     }
     bounds = (Bound("batch", "nn.GRU", FUSED), Bound("sample", "nn.GRUCell loop", LOOP))
-    yield Case("GRU", (STEPS, BATCH, WIDTH), calls, bounds, rounds=9, shares=False)
+    yield Case("GRU", (STEPS, BATCH, WIDTH), calls, bounds, rounds=9, shares=False, guard="nn.GRU")
 
 
 def main() -> int:

@@ -25,7 +25,9 @@ SMALL: dict[str, Any] = {
 }
 DETECTORS: dict[str, Callable[[], nn.Module]] = {
     "retinanet": lambda: zoo.detection.retinanet_resnet50_fpn(**SMALL),
-    "fasterrcnn": lambda: zoo.detection.fasterrcnn_resnet50_fpn(**SMALL),
+    "fasterrcnn": lambda: zoo.detection.fasterrcnn_mobilenet_v3_large_fpn(
+        **{**SMALL, "trainable_backbone_layers": 6}, rpn_pre_nms_top_n_test=60, rpn_pre_nms_top_n_train=60
+    ),
 }
 NONE: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": 3}
 MAPS: dict[str, Callable[[], nn.Module]] = {
