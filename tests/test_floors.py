@@ -13,8 +13,8 @@ HOUSE = Path(__file__).resolve().parents[1] / PACKAGE
 
 # From the ground up; rooms on one floor ignore each other. What users' tools are built of is the public face.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "records"}),
-    frozenset({"graph", "kinds", "trees", "schedules", "context", "options", "catalogue", "models", "regularizers"}),
+    frozenset({"errors", "records", "trees"}),
+    frozenset({"graph", "kinds", "schedules", "context", "options", "catalogue", "models", "regularizers"}),
     frozenset({"capture", "matching", "surroundings", "widths"}),
     frozenset({"patterns"}),
     frozenset({"recipe"}),

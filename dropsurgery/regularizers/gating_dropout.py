@@ -64,6 +64,7 @@ from dropsurgery.regularizers._gates import SCORES, away, machine_of, require_ex
 from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import is_traced, require_own_numbers
 from dropsurgery.regularizers._uniform import uniform
+from dropsurgery.trees import own_class
 
 Mode = Literal["mask", "relabel"]
 Scope = Literal["layer", "model"]
@@ -298,8 +299,8 @@ class GatingDropout(Regularizer):
                 stacks.setdefault(_before_number(paths[id(each.host)]), []).append(each)
         for path, members in stacks.items():
             hosts = [each.bound() for each in members]
-            kinds = set(map(_class_of, hosts))
-            alike = [module for module in model.get_submodule(path).modules() if _class_of(module) in kinds]
+            kinds = set(map(own_class, hosts))
+            alike = [module for module in model.get_submodule(path).modules() if own_class(module) in kinds]
             stack = Stack(len(members)) if len(alike) == len(members) else None
             for each in members:
                 each.stack = stack
@@ -439,11 +440,6 @@ def _before_number(path: str) -> str:
     parts = path.split(".")
     numbered = [index for index, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbered[0]]) if numbered else ""
-
-
-def _class_of(module: nn.Module) -> type[nn.Module]:
-    cls: type[nn.Module] = getattr(type(module), "_own_class", type(module))
-    return cls
 
 
 def _zeros(x: Tensor, returns: Any, given: Any) -> Any:
