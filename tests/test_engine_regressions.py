@@ -313,3 +313,35 @@ def test_a_block_that_another_call_runs_in_training() -> None:
     with gm.surgery.active(p=0.5):
         x = torch.randn(2, 4, 8, 8)
         assert not torch.equal(gm.train()(x), gm(x))
+
+
+class Sharing(nn.Module):
+    """A block whose activation is not its own."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_layer_that_several_blocks_share(again: bool) -> None:
+    """Each block is a site of its own, in all of its calls; what stands in for the layer is one."""
+    act = nn.ReLU()
+    blocks = [Sharing(act) for _ in range(3)]
+    net = nn.Sequential(*blocks, *(blocks if again else ()))
+    x = torch.randn(2, 4, 8, 8)
+    entry = {"name": "e", "pattern": "conv_bn_act", "edge": "output", "insert": "dropout", "with": {"p": 0.5}}
+    gm: Any = apply_recipe(net, {"version": 1, "name": "r", "entries": [entry]}, example_inputs=x)
+    sites = [f"0.act#{call}:conv_bn_act.output" for call in range(3)]
+    assert list(gm.surgery.regularizers) == sites
+    called: list[str] = []
+    for site, regularizer in gm.surgery.regularizers.items():
+        regularizer.register_forward_hook(lambda *_, site=site: called.append(site))
+    gm.train()(x)
+    assert called == sites * (1 + again)
+    swap = {**entry, "edge": "act_module", "insert": "standout"}
+    gm = apply_recipe(net, {"version": 1, "name": "r", "entries": [swap]}, example_inputs=x)
+    assert list(gm.surgery.regularizers) == ["0.act#0:conv_bn_act.act_module"]

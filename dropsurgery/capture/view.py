@@ -77,6 +77,8 @@ class _Builder:
         self.opaque: list[Opaque] = []
         self._given: dict[int, fx.Node] = {}
         self._lone: Counter[str] = Counter()
+        self._first_calls: dict[str, dict[str, int]] = {}  # of layers, by owner
+        self._calls: Counter[str] = Counter()
 
     def root(self, call: Call, inputs: Inputs) -> None:
         """The model's own call, whose result is the graph's output."""
@@ -136,6 +138,7 @@ class _Builder:
                 env[node] = self._call(child, node, level.path, args, kwargs)
                 if not (isinstance(child, Level) and self._may_inline(child)):  # else its result has its number already
                     self._name(env[node], names)
+                    self._tell_owners_apart(env[node])
             elif node.op == "call_function" and self._is_unpacked(level, node, args):
                 self._unpack(node, args, kwargs, env)
             else:
@@ -209,6 +212,17 @@ class _Builder:
             path = meta["path"]
             meta["call"] = count = names.get(path, 0)
             names[path] = count + 1
+
+
+    def _tell_owners_apart(self, made: fx.Node) -> None:
+        """Number the calls of one layer on from owner to owner; a forward that runs again has the numbers it had."""
+        meta = made.meta
+        path, owner, count = meta["path"], meta["owner"], meta["call"]
+        first = self._first_calls.setdefault(path, {})
+        if owner not in first:
+            first[owner] = self._calls[path]
+        meta["call"] = call = first[owner] + count
+        self._calls[path] = max(self._calls[path], call + 1)
 
 
 def _speaks(level: Level) -> bool:
