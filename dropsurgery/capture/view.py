@@ -213,7 +213,6 @@ class _Builder:
             meta["call"] = count = names.get(path, 0)
             names[path] = count + 1
 
-
     def _tell_owners_apart(self, made: fx.Node) -> None:
         """Number the calls of one layer on from owner to owner; a forward that runs again has the numbers it had."""
         meta = made.meta
