@@ -252,7 +252,10 @@ class Frame:
         if value is NotImplemented:
             return value
         node = add_node(self.graph, op, target, *nodes)
-        self._length_guard(node, target if op == "call_method" else getattr(target, "__name__", ""), value)
+        name = target if op == "call_method" else getattr(target, "__name__", "")
+        self._length_guard(node, name, value)
+        if name == "bincount":  # as long as the largest number asks for: `Values` takes the length that is given
+            self._by_data.add(node)
         if self.recorder.values.drew:
             node.meta["random"] = self.level.random = True
         return self.wrap(node, value)

@@ -113,6 +113,29 @@ def test_an_attribute_that_is_set_to_what_it_holds() -> None:
     assert torch.equal(gm(example().repeat(2, 1)), net(example().repeat(2, 1)))
 
 
+class Loads(Two):
+    """Counts numbers, of which there may be larger ones than was said; by `decides` it goes by how many counts it got."""
+
+    def __init__(self, decides: bool) -> None:
+        super().__init__()
+        self.decides = decides
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = torch.bincount(x.abs().long().flatten(), minlength=2)
+        if self.decides and counts.shape[0] > 2:
+            return self.a(x)
+        return self.b(self.a(x)) * counts.sum()
+
+
+def test_counts_up_to_a_length_that_is_given() -> None:
+    assert isinstance(level_of(Loads(decides=True)), Opaque)
+    net = Loads(decides=False)
+    assert isinstance(level_of(net), Level)
+    gm = apply_recipe(net, EVERYWHERE, example_inputs=example()).eval()
+    for scale in (0.1, 5.0):
+        assert torch.equal(gm(example() * scale), net(example() * scale))
+
+
 class Counts(Two):
     def __init__(self) -> None:
         super().__init__()
