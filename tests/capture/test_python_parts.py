@@ -114,7 +114,7 @@ def test_an_attribute_that_is_set_to_what_it_holds() -> None:
 
 
 class Loads(Two):
-    """Counts numbers, of which there may be larger ones than was said; by `decides` it goes by how many counts it got."""
+    """Counts numbers, of which some may be larger than was said; by `decides` it goes by how many counts it got."""
 
     def __init__(self, decides: bool) -> None:
         super().__init__()
