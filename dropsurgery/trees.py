@@ -186,6 +186,12 @@ def attribute_at(module: nn.Module, path: str) -> Any:
     return value
 
 
+def is_by_position(forward: Callable[..., Any]) -> bool:
+    """Whether the values of a forward's parameters, in order, are its arguments as they are."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return all(parameter.kind in kinds for parameter in inspect.signature(forward).parameters.values())
+
+
 def spread(forward: Callable[..., Any], values: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The values of all parameters of a forward but `self`, in order, as the arguments to call it with."""
     args: list[Any] = []

@@ -14,7 +14,7 @@ from dropsurgery.errors import SurgeryError
 from dropsurgery.records import Behind, GateFact, Site
 from dropsurgery.regularizers._taxonomy import Taxonomy
 from dropsurgery.regularizers._tracing import require_own_numbers
-from dropsurgery.trees import spread
+from dropsurgery.trees import is_by_position, own_class, spread
 
 Rate = Annotated[float, Ge(0), Le(1)]
 
@@ -196,6 +196,8 @@ class Regularizer(nn.Module):
         """Stand in for the forward of a layer; a SurgeryError where that is no layer that it knows."""
         # Kept out of `_modules`: the layer holds the regularizer, not the other way round.
         self.__dict__["_host"] = host
+        # Known once: to ask for a signature takes longer than many a layer.
+        self.__dict__["_by_position"] = is_by_position(own_class(host).forward)
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward: that of its class, and not the one that calls this stand-in.
@@ -203,7 +205,9 @@ class Regularizer(nn.Module):
         `args` are the values of its parameters in order, of `*args` a tuple, of `**kwargs` a dict.
         """
         host = self.bound()
-        forward: Any = getattr(type(host), "_own_class", type(host)).forward
+        forward: Any = own_class(host).forward
+        if self.__dict__.get("_by_position"):
+            return forward(host, *args, **kwargs)
         given, named = spread(forward, args)
         return forward(host, *given, **named, **kwargs)
 
