@@ -116,13 +116,27 @@ def gating_dropout(
     require(count is not None, "experts", "their number where indices are relabelled", count)
     parts = _machines(count, machines)
     dropped = decision(rate_tensor(p, x.device), key)
+    return _kept_local(x, dropped, mode, count, parts, machine, axis, along)  # type: ignore[arg-type]
+
+
+def _kept_local(
+    x: Tensor,
+    dropped: Tensor | None,
+    mode: Mode,
+    count: int,
+    parts: int,
+    machine: int | None,
+    axis: int,
+    along: int | None,
+) -> Tensor:
+    """Scores masked or indices relabelled if `dropped`; None where that is known."""
     if mode == "mask":
         shape = [1 if i == axis % x.dim() else length for i, length in enumerate(x.shape)]
         places = machine_of(tuple(shape), parts, along, x.device) if machine is None else machine
         return mask_scores(x, dropped, places, parts, axis=axis)
     tokens = (*x.shape[:-1], 1) if x.dim() > 1 else tuple(x.shape)
     places = machine_of(tokens, parts, along, x.device) if machine is None else machine
-    return relabel(x, dropped, places, parts, count)  # type: ignore[arg-type]
+    return relabel(x, dropped, places, parts, count)
 
 
 def decision(p: Tensor, key: Tensor | None) -> Tensor:
@@ -130,19 +144,26 @@ def decision(p: Tensor, key: Tensor | None) -> Tensor:
     return uniform((), CPU, key) < p
 
 
-def mask_scores(scores: Tensor, dropped: Tensor, machine: Tensor | int, machines: int, *, axis: int = -1) -> Tensor:
+def mask_scores(
+    scores: Tensor, dropped: Tensor | None, machine: Tensor | int, machines: int, *, axis: int = -1
+) -> Tensor:
     """Return the scores, of experts on other machines than the token's half of the dtype's least number if `dropped`.
+
+    None for `dropped` is for true.
 
     Half, so that two of them still add up to a finite number; by infinities a sum or a product could be NaN.
     """
-    gone = away(scores, machine, machines, axis) & dropped.to(scores.device)
-    return scores.masked_fill(gone, torch.finfo(scores.dtype).min / 2)
+    gone = away(scores, machine, machines, axis)
+    if dropped is not None:
+        gone = gone & dropped.to(scores.device)
+    return torch.where(gone, torch.finfo(scores.dtype).min / 2, scores)
 
 
-def relabel(indices: Tensor, dropped: Tensor, machine: Tensor | int, machines: int, experts: int) -> Tensor:
-    """Return the chosen experts (..., k), if `dropped` each in its place on the token's own machine."""
+def relabel(indices: Tensor, dropped: Tensor | None, machine: Tensor | int, machines: int, experts: int) -> Tensor:
+    """Return the chosen experts (..., k), if `dropped` (None: it is) each in its place on the token's own machine."""
     each = experts // machines
-    return torch.where(dropped.to(indices.device), machine * each + indices % each, indices).to(indices.dtype)
+    local = machine * each + indices % each
+    return (local if dropped is None else torch.where(dropped.to(indices.device), local, indices)).to(indices.dtype)
 
 
 @dataclass
@@ -324,17 +345,15 @@ class GatingDropout(Regularizer):
         machines, machine = self._machines(x)
         if machines == 1:
             return x
-        return gating_dropout(
-            x,
-            self.p,
-            self.mode,
-            experts=self.experts,
-            machines=machines,
-            machine=machine,
-            axis=self._axis,
-            along=None if self.gate is None else self.gate.capacity_axis,
-            key=self._key(),
-        )
+        key, along = self._key(), None if self.gate is None else self.gate.capacity_axis
+        dropped = None
+        if is_traced(x):
+            dropped = decision(self.p, key)
+        elif not uniform((), CPU, key) < self._rates["p"]:
+            # Known on the CPU, by the rate that Python knows: no device is waited for, and most steps cost nothing.
+            return x
+        experts = self._experts(tuple(x.shape))
+        return _kept_local(x, dropped, self.mode, experts, machines, machine, self._axis, along)
 
     def expected_drop(self, shape: tuple[int, ...]) -> float:
         """Return p times the share of experts on other machines; with `expert_drop` p."""
