@@ -49,7 +49,7 @@ def gates() -> Iterator[Case]:
             "masked plainly": local_plainly,
             PLAINLY: gumbel_plainly,
         }
-        bounds = [Bound("dropped steps", "masked plainly", 1.2), Bound("other steps", "x * c", 1.5, SLACK)]
+        bounds = [Bound("dropped steps", "masked plainly", 1.2, SLACK), Bound("other steps", "x * c", 1.5, SLACK)]
         bounds += [Bound(each, PLAINLY, 3.0, SLACK) for each in ("gumbel", "normal")]
         yield Case(what, shape, calls, tuple(bounds), rounds=31, shares=False)
 
