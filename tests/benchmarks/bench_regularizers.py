@@ -160,10 +160,10 @@ def measured(case: Case) -> dict[str, float] | None:
 def report(case: Case, medians: dict[str, float]) -> None:
     print(f"\n{case.what} on {'x'.join(map(str, case.shape))}")
     beside = [name for name in dict.fromkeys((case.guard, PLAINLY)) if name in medians]
-    print(f"  {'':18}{'ms':>9}" + "".join(f"{'of ' + name:>12}" for name in beside) + f"{'dropped':>10}")
+    print(f"  {'':18}{'ms':>9}" + "".join(f"{'of ' + name:>15}" for name in beside) + f"{'dropped':>10}")
     for name in dict.fromkeys((case.guard, *case.calls)):
         share = share_dropped(case.calls[name], case.shape) if name in case.calls and case.shares else 0.0
-        ratios = "".join(f"{medians[name] / medians[other]:12.2f}" for other in beside)
+        ratios = "".join(f"{medians[name] / medians[other]:15.2f}" for other in beside)
         print(f"  {name:18}{medians[name] * 1e3:9.2f}{ratios}{share:10.4f}")
 
 
